@@ -285,14 +285,17 @@ class AsyncLatticeClient:
         """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
         await self.api.calls.signal_run(run_id, name, value)
 
-    async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
+    async def retry_run(self, run_id: str, new_run_id: str = "", *, secrets: Sequence[str] = ()) -> AsyncRun:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 
-        It has the same workflow, parameters and settings.
+        It has the same workflow, parameters and settings. The values of its secrets ended with it: those that the `env`
+        of this client names are sent again, and the variables of this process that `secrets` names.
 
-        Raises NotFoundError, and PreconditionError when the run has not ended.
+        Raises NotFoundError, PreconditionError when the run has not ended, and InvalidArgumentError when a secret is
+        missing.
         """
-        return AsyncRun.of(await self.api.calls.retry_run(run_id, new_run_id), self.api)
+        given = self.api.starter.secrets_again(None, (), secrets)
+        return AsyncRun.of(await self.api.calls.retry_run(run_id, new_run_id, given), self.api)
 
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run. Raises NotFoundError."""

@@ -243,14 +243,16 @@ class LatticeClient:
         """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
         blocking(self.twin.signal_run(run_id, name, value))
 
-    def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
+    def retry_run(self, run_id: str, new_run_id: str = "", *, secrets: Sequence[str] = ()) -> Run:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 
-        It has the same workflow, parameters and settings.
+        It has the same workflow, parameters and settings. The values of its secrets ended with it: those that the `env`
+        of this client names are sent again, and the variables of this process that `secrets` names.
 
-        Raises NotFoundError, and PreconditionError when the run has not ended.
+        Raises NotFoundError, PreconditionError when the run has not ended, and InvalidArgumentError when a secret is
+        missing.
         """
-        return Run.of(blocking(self.twin.retry_run(run_id, new_run_id)))
+        return Run.of(blocking(self.twin.retry_run(run_id, new_run_id, secrets=secrets)))
 
     def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes of the cluster."""

@@ -5,6 +5,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound, Usage
 from lattice_server.engine.workflow_restorer import restore_workflows
 from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.executors.bind_address import address_for_others
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from lattice_server.journal.sqlite_database import Sync
 from lattice_server.rpc.artifacts import ArtifactServicer
@@ -76,9 +78,18 @@ class Engine:
     """
 
     def __init__(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
+        self._open = ExitStack()
+        with ExitStack() as unfinished:
+            unfinished.callback(self.close)
+            self._build(config, on_failure)
+            unfinished.pop_all()
+
+    def _build(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
         share = config.tenant_share
         self.code = CodeStore(Bound(config.code_bytes, share))
         self.journal = _journal(config, self._dropped, on_failure, self.code)
+        if self.journal is not None:
+            self._open.callback(self.journal.journal.close)
         # Random as well: a journal that is copied back from a backup counts the same lives again.
         number = 0 if self.journal is None else self.journal.journal.epoch
         self.epoch = f"{number:x}.{secrets.token_hex(4)}"
@@ -86,6 +97,7 @@ class Engine:
         self.bus = MessageBus(asyncio.get_running_loop())
         self.sessions = Sessions(config.silence_limit_s)
         self.store = ArtifactStore(config.store_folder, config.spare_bytes, upload_ttl_s=config.upload_ttl_s)
+        self._open.callback(self.store.close)
         # Uploads may fill half of the file system, so that the outputs of tasks have the other half.
         self.store.uploads.usage.bound = Bound(min(config.upload_bytes, self.store.files.total_bytes // 2), share)
         self.store.on_drop = self.sessions.drop_artifact
@@ -115,16 +127,15 @@ class Engine:
         if config.secrets_file:
             self.orchestrator.requirements.secrets.replace(read_secrets(Path(config.secrets_file)))
         functions = function_of_worker(INSTANCE), function_of_worker(GATEWAY)
-        self.services = Services(self.orchestrator, *functions, self.bus.post)
+        interface = address_for_others(config.node_ip or config.host)
+        self.services = Services(self.orchestrator, *functions, self.bus.post, interface)
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
 
     def close(self) -> None:
         """Close the stores, and the journal after making all of it durable."""
-        self.store.close()
-        if self.journal is not None:
-            self.journal.journal.close()
+        self._open.close()
 
     def restore(self) -> None:
         """Take back the workflows and runs of the journal."""

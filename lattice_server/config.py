@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from lattice_server import logs
+from lattice_server.core.frozen import frozen
 from lattice_server.core.scheduling.batching import BatchRule
 
 MIB = 1024 * 1024
@@ -22,7 +23,7 @@ METRICS = ("none", "prometheus", "otlp", "otlp-http", "console")
 TRACES = ("none", "otlp", "otlp-http", "console")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bounds:
     """The values that a file, or the environment, may give a setting. Numbers are finite and not negative.
 
@@ -41,7 +42,7 @@ def bounded(default: Any, **bounds: Any) -> Any:
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServerTls:
     """The server's certificate and key, and the authority of callers' certificates, all in PEM.
 
@@ -54,7 +55,7 @@ class ServerTls:
     files: tuple[Path | None, Path | None, Path | None] = field(default=(None, None, None), compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServerConfig:
     """The settings of `lattice start --head`. Sizes in bytes, times in seconds.
 

@@ -3,18 +3,19 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from lattice_server import pidfile, security
 from lattice_server.config import ServerConfig
+from lattice_server.core.frozen import frozen
 
 MIB = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Flags:
     """The flags of `lattice start`; None for a flag that was not given."""
 

@@ -17,13 +17,13 @@ import secrets
 import stat
 import tomllib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lattice_server.core.frozen import frozen
 from lattice_server.security import SecurityError
 from lattice_server.watching import changes
 
@@ -54,7 +54,7 @@ IMPLIED = {Scope.SUBMIT: {Scope.READ}, Scope.ADMIN: {Scope.READ, Scope.SUBMIT}}
 SCOPES = {scope.value: scope for scope in Scope}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Credential:
     """The subject, tenant and scopes of a token. `digest` is the token's SHA-256 in hex.
 
@@ -125,10 +125,12 @@ def read_tokens(path: Path) -> tuple[Credential, ...]:
     return made
 
 
-async def follow(path: Path, flag: str, read: Callable[[Path], Content], apply: Callable[[Content], object]) -> None:
+async def reload_on_change(
+    path: Path, flag: str, read: Callable[[Path], Content], apply: Callable[[Content], object]
+) -> None:
     """Pass what `read` returns of a file to `apply` whenever the file changes; never returns.
 
-    A file that is unsafe or malformed is logged and not applied: what it had before stays valid.
+    A file that is unsafe or malformed is logged and not applied: its earlier content stays valid.
     """
     try:
         async for _ in changes(path):

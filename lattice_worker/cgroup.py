@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("/")
+# Version 2 counts a group without those below it in the first one, and version 1 in the second one.
+_OOM_COUNTERS = ("memory.events.local", "memory.oom_control")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,19 @@ def count(controller: str, name: str, root: Path = ROOT) -> int:
 
 def count_in(group: Path, controller: str, name: str) -> int:
     """Return a counter of the events of a group; 0 where unknown."""
-    for file in (f"{controller}.events", f"{controller}.oom_control"):
-        for line in _lines(group / file):
-            key, _, value = line.partition(" ")
-            if key == name:
-                return int(value)
-    return 0
+    files = (f"{controller}.events", f"{controller}.oom_control")
+    return next((found for file in files if (found := _value(group / file, name)) is not None), 0)
+
+
+def own_oom_kills(root: Path = ROOT) -> int:
+    """Return how many processes of this process's own group the kernel has killed because memory ran out.
+
+    Processes of the groups below it do not count. Where the group counts none, those of the whole machine do.
+    """
+    group = own("memory", root) or own("", root)
+    files = [] if group is None else [group / name for name in _OOM_COUNTERS]
+    counts = (_value(file, "oom_kill") for file in (*files, root / "proc/vmstat"))
+    return next((count for count in counts if count is not None), 0)
 
 
 def own(controller: str, root: Path = ROOT) -> Path | None:
@@ -113,3 +122,12 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def _value(path: Path, name: str) -> int | None:
+    """Return a number of a file whose lines are names and numbers; None where it has none of that name."""
+    for line in _lines(path):
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return None

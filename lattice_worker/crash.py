@@ -5,11 +5,11 @@ Rule: an invocation fails with its runner only if it is known to be the cause. T
 
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lattice.v1 import worker_pb2
 
+from lattice_worker import cgroup
 from lattice_worker.invocation import Invocation, failed
 
 MAX_SUSPECTS = 1000
@@ -20,17 +20,17 @@ class Crash:
 
     Attributes:
         is_blocked: it was killed because it did not answer.
-        has_hung_up: it closed its control socket without ending.
+        has_disconnected: it closed its control socket without ending.
         is_cause_unknown: the invocation whose step ran last need not be the cause.
         exceeded: the kind and the message of the failure of a sandbox that ended it for a limit.
     """
 
     def __init__(self) -> None:
         self.is_blocked = False
-        self.has_hung_up = False
+        self.has_disconnected = False
         self.is_cause_unknown = False
         self.exceeded: tuple[str, str] | None = None
-        self._oom_kills = oom_kills()
+        self._oom_kills = cgroup.own_oom_kills()
 
     def end(self, running: Sequence[Invocation], status: int, stepping: int) -> None:
         """End the invocations that ran when a runner died. `stepping` is the number of the one whose step ran."""
@@ -53,15 +53,15 @@ class Crash:
     def _failure(self, status: int) -> dict[str, Any]:
         if self.exceeded is not None:
             return failed(*self.exceeded, exit_status=status)
-        if status == -signal.SIGKILL and oom_kills() > self._oom_kills:
-            text = "the kernel killed the task's process because memory ran out"
-            return failed("out_of_memory", text, exit_status=status)
         text = f"the task's process {_how(status)}"
         if self.is_blocked:
             text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
             text += "; await what takes time, or make it a plain function"
-        elif self.has_hung_up:
+        elif self.has_disconnected:
             text = "the task's process closed its connection to the worker, or ran another program in its own place"
+        elif status == -signal.SIGKILL and cgroup.own_oom_kills() > self._oom_kills:
+            text = "the kernel killed the task's process because memory ran out"
+            return failed("out_of_memory", text, exit_status=status)
         return failed("crashed", text, exit_status=status)
 
 
@@ -80,16 +80,8 @@ class Suspects:
 
     def includes(self, assignment: worker_pb2.Assignment) -> bool:
         """Whether a lease has an attempt of a suspect."""
-        return any((attempt.run_id, attempt.task_id) in self._tasks for attempt in assignment.attempts)
-
-
-def oom_kills() -> int:
-    """Return how many processes of this machine the kernel has killed because memory ran out."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+        known = self._tasks
+        return bool(known) and any((attempt.run_id, attempt.task_id) in known for attempt in assignment.attempts)
 
 
 def _how(status: int) -> str:

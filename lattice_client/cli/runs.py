@@ -107,11 +107,12 @@ def signal(server: Server, run_id: str, name: str, value: str) -> None:
 @runs.command()
 @address
 @as_json
+@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A variable to send as a secret of the run.")
 @click.argument("run_id")
-def retry(server: Server, as_json: bool, run_id: str) -> None:
+def retry(server: Server, as_json: bool, secrets: tuple[str, ...], run_id: str) -> None:
     """Retry an ended run: a new run takes its finished outputs and runs its other tasks."""
     with connected(server) as client:
-        run = client.describe_run(client.retry_run(run_id))
+        run = client.describe_run(client.retry_run(run_id, secrets=secrets))
     if as_json:
         print_json(as_dict(run))
     else:

@@ -90,10 +90,10 @@ class Calls:
         request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.tasks.CancelTask, request)).task
 
-    async def retry_run(self, run_id: str, new_run_id: str = "") -> str:
-        """Start a run that repeats the unfinished tasks of an ended run; return its id."""
+    async def retry_run(self, run_id: str, new_run_id: str, secrets: Mapping[str, str]) -> str:
+        """Start a run that repeats the unfinished tasks of an ended run, with values of secrets; return its id."""
         new_run_id = new_run_id or f"run-{uuid4().hex}"
-        request = made(workflow_pb2.RetryRunRequest, run_id=run_id, new_run_id=new_run_id)
+        request = made(workflow_pb2.RetryRunRequest, run_id=run_id, new_run_id=new_run_id, secrets=secrets)
         return (await self._rpc.call(self._rpc.workflows.RetryRun, request)).run.run_id
 
     async def nodes(self) -> list[cluster_pb2.Node]:

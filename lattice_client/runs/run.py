@@ -168,9 +168,13 @@ class AsyncRun(RunId):
         """
         await self.api.calls.signal_run(self, name, value)
 
-    async def retry(self, new_run_id: str = "") -> "AsyncRun":
-        """Start a run that repeats the unfinished tasks of this one; see `AsyncLatticeClient.retry_run`."""
-        retried = AsyncRun.of(await self.api.calls.retry_run(self, new_run_id), self.api)
+    async def retry(self, new_run_id: str = "", *, secrets: Sequence[str] = ()) -> "AsyncRun":
+        """Start a run that repeats the unfinished tasks of this one; see `AsyncLatticeClient.retry_run`.
+
+        Also the secrets of tasks that this process has defined are sent again.
+        """
+        given = self.api.starter.secrets_again(self.graph(), self._added, secrets)
+        retried = AsyncRun.of(await self.api.calls.retry_run(self, new_run_id, given), self.api)
         retried.graph, retried._added, retried.declared = self.graph, self._added, self.declared
         return retried
 

@@ -1,6 +1,6 @@
 """Owns starting runs, storing workflows and adding tasks to runs. Rule: one call starts a run."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 from uuid import uuid4
@@ -11,7 +11,7 @@ from lattice_client import errors
 from lattice_client.convert import specs
 from lattice_client.convert.inputs import Binder
 from lattice_client.graph.deferred import UNSET
-from lattice_client.graph.environment import Env
+from lattice_client.graph.environment import Env, secret
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
@@ -206,6 +206,16 @@ class Starter:
                 if parameter.default is not UNSET:
                     spec.parameters[name].CopyFrom(await self._parameter(name, parameter.default))
         return spec
+
+    def secrets_again(
+        self, graph: Graph[Any] | None, added: Iterable[LatticeTask], names: Iterable[str]
+    ) -> dict[str, str]:
+        """Return the secrets for a run that retries one: those of its tasks that this process defined, those of the
+        client, and those by these names. Raises TaskDefinitionError when this process has none of such a name.
+        """
+        tasks = [*(() if graph is None else graph.tasks.values()), *added]
+        env = {**self._env, **({} if graph is None else graph.env)}
+        return specs.secrets_of(tasks, env) | {name: secret(name).value() for name in names}
 
     def _secrets_of(self, graph: Graph[Any]) -> dict[str, str]:
         return specs.secrets_of(graph.tasks.values(), {**self._env, **graph.env})

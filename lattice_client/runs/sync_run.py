@@ -118,9 +118,9 @@ class Run(RunId):
         """
         blocking(self.twin.signal(name, value))
 
-    def retry(self, new_run_id: str = "") -> "Run":
-        """Start a run that repeats the unfinished tasks of this one; see `LatticeClient.retry_run`."""
-        return Run.of(blocking(self.twin.retry(new_run_id)))
+    def retry(self, new_run_id: str = "", *, secrets: Sequence[str] = ()) -> "Run":
+        """Start a run that repeats the unfinished tasks of this one; see `AsyncRun.retry`."""
+        return Run.of(blocking(self.twin.retry(new_run_id, secrets=secrets)))
 
     def cancel_task(self, task: LatticeTask | str) -> None:
         """Cancel one task; the failure policy decides about the tasks that depend on it."""

@@ -4,10 +4,11 @@ The failure of a user's task is no exception: it is a `Failure`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from lattice_server.core.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FieldViolation:
     """An invalid field of a request, such as `workflow.tasks[3].inputs["x"]`."""
 

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import field
 
 from lattice_server.core.environment import Variables
+from lattice_server.core.frozen import frozen
 from lattice_server.core.runtime import ANY_RUNTIME, Runtime
+from lattice_server.core.symbol import Symbol
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Artifact:
     """A reference to `size_bytes` encoded bytes in the store of `node_id`."""
 
@@ -18,7 +19,7 @@ class Artifact:
     node_id: str
 
 
-class Isolation(Enum):
+class Isolation(Symbol):
     """How strictly an attempt is isolated, from the weakest to the strictest."""
 
     NONE = "none"
@@ -27,7 +28,7 @@ class Isolation(Enum):
     DOCKER = "docker"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Payload:
     """One encoded value: JSON text (str), bytes, or a reference. The core does not decode it.
 
@@ -48,7 +49,7 @@ class Payload:
 Path = tuple[str | int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OutputRef:
     """One output of one task. `path` selects a part of it, step by step.
 
@@ -62,28 +63,28 @@ class OutputRef:
     path: Path = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Parameter:
     """A run parameter, by name."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BindingList:
     """A list bound item by item."""
 
     items: tuple["Binding", ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BindingMap:
     """A string-keyed map bound value by value."""
 
     entries: Mapping[str, "Binding"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Selection:
     """A part of a known value; the worker that decodes the value takes the steps of `path`."""
 
@@ -95,7 +96,7 @@ Binding = Payload | OutputRef | Parameter | BindingList | BindingMap | Selection
 Outputs = Mapping[str, Payload]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resources:
     """The resources that one attempt takes while it runs. Memory in bytes; `gpu` below one shares a device."""
 
@@ -105,7 +106,7 @@ class Resources:
     gpu_memory_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gpu:
     """One device of a node."""
 
@@ -115,7 +116,7 @@ class Gpu:
     uuid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Capacity:
     """The resources of a node. `slots` limits attempts in processes of their own, `async_slots` coroutines."""
 
@@ -126,7 +127,7 @@ class Capacity:
     async_slots: int = 4096
 
 
-class FailureKind(Enum):
+class FailureKind(Symbol):
     """The class of a failure, which retry policies name."""
 
     USER_ERROR = "user_error"
@@ -152,7 +153,7 @@ class FailureKind(Enum):
 RETRIED_BY_DEFAULT = frozenset(map(FailureKind, ("user_error", "crashed", "out_of_memory", "timeout", "cpu_time")))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failure:
     """Why an attempt, a task or a run did not succeed."""
 
@@ -167,7 +168,7 @@ class Failure:
     base_types: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RetryPolicy:
     """When a failed attempt is retried."""
 
@@ -201,7 +202,7 @@ class RetryPolicy:
 NODE_LABEL = "lattice/node"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NodeSpec:
     """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python.
 
@@ -228,7 +229,7 @@ class NodeSpec:
         return self.node_id if key == NODE_LABEL else self.labels.get(key)
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@frozen(weakref_slot=True)
 class Bundle:
     """Modules that are sent with functions. `content` is sent to workers as it is."""
 
@@ -237,7 +238,7 @@ class Bundle:
     size_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@frozen(weakref_slot=True)
 class Function:
     """Code to run. `definition`, of `size_bytes`, is sent to workers as it is.
 
@@ -253,14 +254,14 @@ class Function:
     size_bytes: int = 0
 
 
-class BatchScope(Enum):
+class BatchScope(Symbol):
     """Which tasks may be in one batch."""
 
     SERVER = "server"
     RUN = "run"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BatchPolicy:
     """At most `max_size` tasks in one call; the first of them waits at most `max_wait_s` for the others."""
 
@@ -269,7 +270,7 @@ class BatchPolicy:
     scope: BatchScope = BatchScope.SERVER
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Condition:
     """Whether a task runs at all: its `output` must be true, or equal to `equals`; the opposite when `is_negated`."""
 
@@ -282,7 +283,7 @@ DEFAULT_RETRY = RetryPolicy()
 DEFAULT_RESOURCES = Resources()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskSpec:
     """The definition of one task of a workflow.
 
@@ -317,14 +318,14 @@ class TaskSpec:
     services: tuple[str, ...] = ()
 
 
-class FailurePolicy(Enum):
+class FailurePolicy(Symbol):
     """How a failed task affects the others."""
 
     FAIL_FAST = "fail_fast"
     FINISH_INDEPENDENT = "finish_independent"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkflowSpec:
     """The definition of a workflow."""
 

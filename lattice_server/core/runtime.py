@@ -1,9 +1,9 @@
 """Owns the runtimes that code needs and that workers have. Rule: pure."""
 
-from dataclasses import dataclass
+from lattice_server.core.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Runtime:
     """A language, and a version in parts between dots, that run a user's code. Empty means any."""
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Set
 from enum import Enum
 from typing import TypeVar
 
+from lattice_server.core.symbol import Symbol
+
 S = TypeVar("S", bound=Enum)
 
 
@@ -21,7 +23,7 @@ def transition(kind: str, name: str, old: S, new: S, table: Mapping[S, Set[S]]) 
     return new
 
 
-class RunState(Enum):
+class RunState(Symbol):
     """The state of a run."""
 
     RUNNING = "running"  # Tasks wait or run.
@@ -42,7 +44,7 @@ RUN_TRANSITIONS: Mapping[RunState, Set[RunState]] = {
 RUN_TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
 
 
-class TaskState(Enum):
+class TaskState(Symbol):
     """The state of a task of a run."""
 
     BLOCKED = "blocked"  # Waits for another task.
@@ -68,7 +70,7 @@ TASK_TRANSITIONS: Mapping[TaskState, Set[TaskState]] = {
 TASK_TERMINAL = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.SKIPPED})
 
 
-class LeaseState(Enum):
+class LeaseState(Symbol):
     """The state of a lease."""
 
     ASSIGNED = "assigned"  # Sent to its worker, which has not reported a start.
@@ -85,7 +87,7 @@ LEASE_TRANSITIONS: Mapping[LeaseState, Set[LeaseState]] = {
 }
 
 
-class NodeState(Enum):
+class NodeState(Symbol):
     """The state of a node in the registry."""
 
     READY = "ready"  # Accepts leases while its session is connected.
@@ -101,7 +103,7 @@ NODE_TRANSITIONS: Mapping[NodeState, Set[NodeState]] = {
 }
 
 
-class SessionState(Enum):
+class SessionState(Symbol):
     """The state of the session in which a worker serves a node."""
 
     CONNECTED = "connected"  # Its stream is open.

@@ -5,14 +5,15 @@ tenants may use the same id.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TypeVar
+
+from lattice_server.core.frozen import frozen
 
 Item = TypeVar("Item")
 SEPARATOR = "\n"  # Neither ids nor tenants contain it.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reach:
     """The tenants whose resources a caller may name: its own, which comes first, and with `is_any` all others."""
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Payload
 
 BATCH = 512
@@ -18,7 +19,7 @@ CHUNK_BYTES = 256
 READER_INTERVAL_S = 0.0005
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Chunk:
     """One chunk, or, without a payload, the mark that an attempt replaces earlier ones."""
 
@@ -33,7 +34,7 @@ class Chunk:
         return CHUNK_BYTES + (0 if self.payload is None else self.payload.kept_bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Progress:
     """How far an attempt is; the total is None when the task does not know it."""
 

@@ -7,8 +7,8 @@ newest runs are kept. Over a bound, history is evicted first, then the oldest re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.ended_ids import EndedIds
@@ -20,7 +20,7 @@ GIB = 1024 * 1024 * 1024
 FETCH_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Retention:
     """How long, and how much of, ended runs are kept.
 

@@ -5,9 +5,9 @@ An appended record is durable once the listener was called with its commit numbe
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_records import DroppedRun, Record, StoredEvent, StoredRun, StoredWorkflow
 
 GIB = 1024 * 1024 * 1024
@@ -46,7 +46,7 @@ class JournalDamagedError(JournalError):
     """Records of one run or workflow cannot be read back. All others can."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class JournalRetention:
     """Bounds of the ended runs: their age, and for each tenant their number and the sum of their bytes.
 
@@ -58,7 +58,7 @@ class JournalRetention:
     kept_bytes: int = 10 * GIB
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class JournalStats:
     """The size of a journal: live and ended runs, and bytes.
 

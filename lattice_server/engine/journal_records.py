@@ -5,10 +5,11 @@ and never parses them. A run goes by its number, which the engine gives out in r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from lattice_server.core.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Code:
     """A function or a bundle that a definition names by `digest`.
 
@@ -21,7 +22,7 @@ class Code:
     encode: Callable[[], bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunAccepted:
     """A run was accepted, at `accepted_s` in seconds since the epoch.
 
@@ -41,7 +42,7 @@ class RunAccepted:
     artifacts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TasksDefined:
     """Tasks were added to a run, by its caller or by one of its tasks."""
 
@@ -51,7 +52,7 @@ class TasksDefined:
     artifacts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EventRecorded:
     """A run has a new event; `sequence` is dense from 1.
 
@@ -65,7 +66,7 @@ class EventRecorded:
     artifacts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunEnded:
     """A run ended at `ended_s`. `summary` is the run as lists show it."""
 
@@ -74,21 +75,21 @@ class RunEnded:
     summary: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ResultsRead:
     """A caller was given the results of a run. It is among the first that retention deletes."""
 
     run: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunDeleted:
     """An ended run is to be deleted, with the code, values and artifacts that only this run uses."""
 
     run: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkflowStored:
     """A workflow was stored or changed. Its `number` stays the same over all changes."""
 
@@ -103,7 +104,7 @@ class WorkflowStored:
     artifacts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkflowDeleted:
     """A stored workflow was deleted."""
 
@@ -115,7 +116,7 @@ Record = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredRun:
     """A run as the journal has it. `ended_s` is None for a run that has not ended.
 
@@ -137,7 +138,7 @@ class StoredRun:
     damage: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredEvent:
     """One event of a run; see `EventRecorded`."""
 
@@ -146,7 +147,7 @@ class StoredEvent:
     replay: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredWorkflow:
     """A stored workflow; see `WorkflowStored`. `damage` says why its definition cannot be read."""
 
@@ -160,7 +161,7 @@ class StoredWorkflow:
     damage: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DroppedRun:
     """A run that was deleted."""
 

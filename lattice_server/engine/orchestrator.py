@@ -5,9 +5,10 @@ Rule: a run changes only by the decisions of its machine.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Unpack
+from itertools import groupby
+from typing import Unpack, cast
 
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
@@ -16,33 +17,20 @@ from lattice_server.core.messages import (
     Explanation,
     NodesChanged,
     NodesDescribed,
-    QuestionAsked,
+    PastRuns,
     SchedulerEffect,
     SchedulerEvent,
     ServiceNeeded,
     SettleArtifacts,
-    TaskAccessedNetwork,
-    TaskAwaits,
-    TaskCancelled,
-    TaskEvent,
     TaskExplained,
-    TaskFailed,
-    TaskLogged,
     TaskProgressed,
-    TaskRetrying,
-    TaskReturned,
-    TaskSkipped,
-    TasksSpawned,
-    TaskStarted,
     TaskStreamed,
-    TaskSucceeded,
+    ToRun,
+    WorkerEffect,
 )
 from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
-from lattice_server.core.run.open_run import NOT_OPEN, answer_to
-from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
-from lattice_server.engine import calls
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
@@ -51,9 +39,11 @@ from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.open_runs import OpenRuns
 from lattice_server.engine.queries import SchedulerQueries
+from lattice_server.engine.retries import retry_of
 from lattice_server.engine.run_additions import RunAdditions
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_events import RunEvents
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_registry import RunRegistry
 from lattice_server.engine.run_restorer import RunRestorer
@@ -66,22 +56,6 @@ from lattice_server.engine.slices import Slices
 from lattice_server.engine.tethers import Tethers
 
 log = logging.getLogger(__name__)
-
-TASK_EVENTS = (
-    TaskStarted,
-    TaskSucceeded,
-    TaskRetrying,
-    TaskFailed,
-    TaskCancelled,
-    TaskSkipped,
-    TaskReturned,
-    TaskLogged,
-    TaskAccessedNetwork,
-    TasksSpawned,
-    QuestionAsked,
-    TaskAwaits,
-)
-ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | TaskAwaits
 
 
 class Orchestrator:
@@ -122,11 +96,10 @@ class Orchestrator:
         self.requirements = self._driver.requirements
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         self.on_needed: Callable[[ServiceNeeded], object] = lambda needed: None
-        # Takes the questions that are for the server; the others are for the caller of the run.
-        self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         callers = (self.open_runs, self.tethers)
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, *callers, journal)
         self._additions = RunAdditions(store, stores, admission, self._driver, self._slices, journal)
+        self.events = RunEvents(self._driver, self._additions, self.signals)
         self.journal = journal
         self.restorer: RunRestorer | None = None
         if journal is not None:
@@ -155,7 +128,7 @@ class Orchestrator:
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
-        if entry := self.known(run_id, fingerprint, settings.get("tenant", ""), settings.get("request_id", "")):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         prepared = finish(self._starter.preparing(run_id, spec, parameters, settings))
         return self._starter.start(prepared, fingerprint, settings), True
@@ -170,26 +143,32 @@ class Orchestrator:
         **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
         """Start a run as `start_run` does, in slices: other calls are served in between."""
-        tenant, request_id = settings.get("tenant", ""), settings.get("request_id", "")
-        if entry := self.known(run_id, fingerprint, tenant, request_id):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         prepared = await self._slices.finish(self._starter.preparing(run_id, spec, parameters, settings))
         # Another call with the same request may have started the run in between.
-        if entry := self.known(run_id, fingerprint, tenant, request_id):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         return self._starter.start(prepared, fingerprint, settings), True
 
-    def known(self, run_id: str, fingerprint: str, tenant: str, request_id: str = "") -> RunEntry | None:
+    def known(
+        self, run_id: str, fingerprint: str, tenant: str, request_id: str = "", secrets: Mapping[str, str] = NO_SECRETS
+    ) -> RunEntry | None:
         """Return a tenant's run that has this id and content, if there is one; see `RunRegistry.known`.
 
         Raises UnavailableError when the server is stopping.
         """
         if self.is_stopping:
             raise UnavailableError("SHUTTING_DOWN", "the server is stopping", retry_after_s=1.0)
-        return self._registry.known(run_id, fingerprint, tenant, request_id)
+        return self._registry.known(run_id, fingerprint, tenant, request_id, secrets)
 
     async def retry_run(
-        self, run_id: str, new_run_id: str, fingerprint: str, reach: Reach = UNNAMED
+        self,
+        run_id: str,
+        new_run_id: str,
+        fingerprint: str,
+        reach: Reach = UNNAMED,
+        secrets: Mapping[str, str] = NO_SECRETS,
     ) -> tuple[RunEntry, bool]:
         """Start a run that reuses the finished tasks of another one, or return the run that has this id and content.
 
@@ -199,22 +178,8 @@ class Orchestrator:
             ConflictError, ExhaustedError, InvalidError, UnavailableError: see `start_run`.
         """
         entry = self.run(run_id, reach)
-        old = entry.run
-        if not old.is_terminal:
-            text = f"run {run_id!r} is {old.state.value}; it can be retried when it has ended"
-            raise PreconditionError("RUN_NOT_ENDED", text)
-        return await self.submit(
-            new_run_id,
-            workflow_of(old.spec, old.tasks),
-            parameters=old.parameters,
-            labels=entry.labels,
-            priority=old.priority,
-            fingerprint=fingerprint,
-            tenant=old.tenant,
-            workflow_id=old.workflow_id,
-            timeout_s=entry.timeout_s,
-            earlier=Earlier(run_id, old.tasks, lambda artifact: self._store.held(artifact.artifact_id) is not None),
-        )
+        spec, parameters, settings = retry_of(entry, run_id, self._store, self.requirements, secrets)
+        return await self.submit(new_run_id, spec, parameters=parameters, fingerprint=fingerprint, **settings)
 
     async def add_tasks(
         self,
@@ -275,31 +240,38 @@ class Orchestrator:
         """Route the scheduler's effects: facts to runs, answers to queries, everything else to workers."""
         now = time.monotonic()
         posts: list[SchedulerEvent] = []
-        for effect in effects:
-            if isinstance(effect, TASK_EVENTS):
-                if entry := self.runs.get(effect.run_id):
-                    self._tell_run(entry, effect, now, posts)
-            elif isinstance(effect, TaskStreamed | TaskProgressed):
+        # The events of one run that come together are handled together.
+        for run_id, group in groupby(effects, _told_run):
+            if not run_id:
+                for effect in group:
+                    self._route(cast(PastRuns, effect))
+            elif entry := self.runs.get(run_id):
+                self.events.tell(entry, cast(Iterator[ToRun], group), now, posts)
+        self._bus.post(posts)
+
+    def _route(self, effect: PastRuns) -> None:
+        """Route an effect that is no event of a run's machine."""
+        match effect:
+            case TaskStreamed() | TaskProgressed():
                 # Past the run's machine: chunks change no state, and there may be thousands a second.
                 if entry := self.runs.get(effect.run_id):
                     self.chunks.take(entry, effect)
-            elif isinstance(effect, TaskExplained | NodesDescribed):
+            case TaskExplained() | NodesDescribed():
                 self.queries.answer(effect)
-            elif isinstance(effect, NodesChanged):
+            case NodesChanged():
                 self._admission.know(effect.nodes)
                 self.on_nodes(effect.nodes)
-            elif isinstance(effect, ServiceNeeded):
+            case ServiceNeeded():
                 self.on_needed(effect)
-            elif isinstance(effect, SettleArtifacts):
+            case SettleArtifacts():
                 self._store.settle(effect.artifacts)
-            elif isinstance(effect, AcknowledgeReports):
+            case AcknowledgeReports():
                 self._acknowledge(effect)
-            else:
-                observed = effect
+            case _:
+                observed: WorkerEffect = effect
                 for observer in self.observers:
                     observed = observer.perform(observed)
                 self._sessions.perform(observed)
-        self._bus.post(posts)
 
     def _acknowledge(self, effect: AcknowledgeReports) -> None:
         acknowledge = partial(self._sessions.acknowledge, effect.session_id, effect.sequence)
@@ -308,24 +280,12 @@ class Orchestrator:
         else:
             self.journal.when_durable(acknowledge)
 
-    def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
-        try:
-            with self._driver.change(entry, posts) as perform:
-                match event:
-                    case TasksSpawned():
-                        perform(self._additions.spawn(entry, event, now))
-                    case TaskAwaits(signal=None):
-                        posts += calls.begin(entry, event)
-                    case TaskAwaits():
-                        perform(self.signals.wait(entry, event, now))
-                    case QuestionAsked() if self.on_question(entry, event):
-                        pass
-                    case QuestionAsked():
-                        machine = entry.open_run
-                        perform([answer_to(event, NOT_OPEN)] if machine is None else machine.ask(event))
-                    case _:
-                        perform(entry.run.handle(event, now))
-        except Exception:
-            # A fact that breaks the invariants of one run must not stop the others.
-            about = {"run_id": entry.run_id, "task_id": event.task_id}
-            log.exception("the run could not take %s", type(event).__name__, extra=about)
+
+def _told_run(effect: SchedulerEffect) -> str:
+    """Return the run whose machine an effect is an event of; nothing for other effects."""
+    return effect.run_id if isinstance(effect, ToRun) else ""
+
+
+def _named_by(settings: StartSettings) -> tuple[str, str, Mapping[str, str]]:
+    """Return the tenant, the request id and the secrets of a call."""
+    return settings.get("tenant", ""), settings.get("request_id", ""), settings.get("secrets", NO_SECRETS)

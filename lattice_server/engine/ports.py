@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import Fact, SchedulerEvent, WorkerEffect
 from lattice_server.core.model import Capacity
 from lattice_server.core.services.messages import Event
@@ -12,7 +12,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services.entry import ServiceEntry
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Contact:
     """How workers reach the server: beside it by `local_target`, a socket that only the server's user may open; from
     other machines by `target`, where they show a token.
@@ -26,7 +26,7 @@ class Contact:
     revoke: Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Machine:
     """A machine that a subject offers to the cluster, and the node it is to be."""
 
@@ -38,7 +38,7 @@ class Machine:
     subject: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RayCluster:
     """How a machine joins Ray: where the head listens, its token, the resource its Ray node offers one of, and the
     version it has to have."""
@@ -49,7 +49,7 @@ class RayCluster:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Membership:
     """How a machine that joined serves its node: by Ray, or by itself when `ray` is None.
 

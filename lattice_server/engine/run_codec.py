@@ -4,9 +4,9 @@ Rule: the engine does not know the encoding; see `rpc/convert/journal.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.steps import Steps
@@ -17,7 +17,7 @@ from lattice_server.engine.run_entry import RunEntry
 ReadCode = Callable[[str], bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunSettings:
     """How a recorded run was started; see `RunEntry`."""
 
@@ -31,7 +31,7 @@ class RunSettings:
     disconnect_grace_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RecordedEvent:
     """An event that was read back.
 

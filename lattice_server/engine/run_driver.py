@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 AnyEffect = Effect | HolderEffect | SignalEffect
 Effects = Sequence[AnyEffect]
+NEWS = ENDS | RunFinished
 
 
 class RunDriver:
@@ -116,6 +117,8 @@ class RunDriver:
         own: list[SchedulerEvent] = [] if posts is None else posts
         if entry.open_run is not None:
             effects = [*entry.open_run.withdraw(effects), *effects]
+        time_s = time.time()
+        offset_s = time_s - time.monotonic()
         for effect in effects:
             match effect:
                 case TaskReady():
@@ -125,7 +128,7 @@ class RunDriver:
                 case AskHolder() | WithdrawQuestion() | AnswerQuestion():
                     self._pass_on(entry, effect)
                 case _:
-                    self._publish(entry, effect)
+                    self._publish(entry, effect, time_s, offset_s)
                     if entry.calls:
                         own += calls.ended(entry, effect)
         if entry.on_effects is not None and effects:
@@ -151,13 +154,12 @@ class RunDriver:
             return ready
         return replace(ready, refusal=found) if isinstance(found, Failure) else replace(ready, environment=found)
 
-    def _publish(self, entry: RunEntry, fact: Fact) -> None:
+    def _publish(self, entry: RunEntry, fact: Fact, time_s: float, offset_s: float) -> None:
         if isinstance(fact, TaskSucceeded):
             self._stores.hold_outputs(entry, fact)
-        time_s = time.time()
-        entry.note_times(fact, time_s - time.monotonic())
+        entry.note_times(fact, offset_s)
         entry.log.append(fact, time_s)
-        if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
+        if entry.stream is not None and isinstance(fact, NEWS):
             entry.stream.news.set()
         if entry.chunks is not None:
             self._chunks.note(entry, fact)
@@ -182,7 +184,7 @@ class RunDriver:
         """Have a run submit more of its tasks."""
         entry.is_continuing = False
         with self.change(entry) as perform:
-            perform(entry.run.go_on(time.monotonic()))
+            perform(entry.run.proceed(time.monotonic()))
 
     def _end(self, entry: RunEntry) -> None:
         if entry.ended_s is None:

@@ -20,6 +20,7 @@ from lattice_server.engine.uploads import Name
 # The memory of a run and of one task, without the values that they receive and produce.
 RUN_BYTES = 4096
 TASK_BYTES = 3072
+TIMED = TaskStarted | ENDS
 
 
 @dataclass(slots=True)
@@ -102,12 +103,17 @@ class RunEntry:
     on_effects: Callable[[Sequence[Effect | HolderEffect | SignalEffect]], object] | None = None
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
+    def supply(self, secrets: Mapping[str, str]) -> None:
+        """Take values of secrets from a repetition of the call that started the run; the server may have lost them."""
+        if not self.run.is_terminal:
+            self.secrets = {**secrets, **self.secrets}
+
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.
 
         They are converted at once, because only wall time advances while the computer is suspended.
         """
-        if not isinstance(fact, TaskStarted | ENDS):
+        if not isinstance(fact, TIMED):
             return
         record = self.run.tasks[fact.task_id]
         if record.started_at is not None and (isinstance(fact, TaskStarted) or record.items is not None):

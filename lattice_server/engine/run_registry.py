@@ -3,11 +3,14 @@
 Rule: an id means one run of its tenant; the id of an evicted run starts nothing again while it is remembered.
 """
 
+from collections.abc import Mapping
+
 from lattice_server.core.errors import ConflictError, NotFoundError
 from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.ended_runs import EndedRuns, Retention
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.secrets import NO_SECRETS
 
 
 class RunRegistry:
@@ -17,10 +20,13 @@ class RunRegistry:
         self.runs: Shelf[RunEntry] = Shelf()
         self.ended = EndedRuns(self.runs, store, retention)
 
-    def known(self, run_id: str, fingerprint: str, tenant: str, request_id: str = "") -> RunEntry | None:
+    def known(
+        self, run_id: str, fingerprint: str, tenant: str, request_id: str = "", secrets: Mapping[str, str] = NO_SECRETS
+    ) -> RunEntry | None:
         """Return a tenant's run that has this id and content, if there is one.
 
         A call that repeats the `request_id` of the call that started the run counts as equal, even if the rest differs.
+        The run takes the values of secrets that it lacks.
 
         Raises:
             ConflictError: the tenant used the id with other content.
@@ -30,6 +36,7 @@ class RunRegistry:
         if existing is not None:
             if fingerprint != existing.fingerprint and not (request_id and request_id == existing.request_id):
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
+            existing.supply(secrets)
             return existing
         own = Reach(tenant)
         if (known := self.ended.fingerprint_of(run_id, own)) is not None:

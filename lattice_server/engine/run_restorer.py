@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lattice_server.core.errors import LatticeError, PreconditionError
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import TasksAdded, TaskSucceeded
 from lattice_server.core.model import Function, Payload, TaskSpec
 from lattice_server.core.run import dag
@@ -36,7 +37,7 @@ PAGE = 1000
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Recorded:
     """The records of one run in the journal, besides its code."""
 

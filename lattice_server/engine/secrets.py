@@ -36,6 +36,7 @@ class SecretStore:
             value = given.get(name, own.get(name))
             if value is None:
                 text = f"the server has no value of the secret {name!r}: those of a run are kept in its memory only"
+                text += "; retry the run with a client that has it"
                 return Failure(FailureKind.SECRET_MISSING, text, task_id=spec.task_id)
             found[variable] = value
         return Environment(tuple(sorted(found.items())), tuple(variable for variable, _ in spec.secrets))

@@ -1,13 +1,14 @@
 """The spans that workers report, and the port of what takes them. Rule: a report names no trace, only its attempt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from lattice_server.core.frozen import frozen
 
 Scalar = str | int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SpanEvent:
     """A timed event during a span; the time is in nanoseconds since the epoch."""
 
@@ -16,7 +17,7 @@ class SpanEvent:
     attributes: Mapping[str, Scalar]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReportedSpan:
     """A span of a task, with times of the server in nanoseconds since the epoch; see `Span` in the contract."""
 

@@ -8,9 +8,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from lattice_server.core.errors import ExhaustedError
+from lattice_server.core.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bound:
     """The size that a store may have: `total` in all, of which one tenant may have a `share`."""
 

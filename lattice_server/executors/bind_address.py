@@ -1,4 +1,4 @@
-"""Owns the choice of the address at which Ray listens. Rule: never more open than the server itself."""
+"""Owns the choice of the address at which Ray, and gateways, listen. Rule: never more open than the server itself."""
 
 import socket
 from ipaddress import ip_address
@@ -21,6 +21,20 @@ def ray_interface(host: str) -> str:
     found = str(socket.getaddrinfo(plain, None, socket.AF_INET)[0][4][0])
     # For any other loopback address Ray listens on all interfaces.
     return LOOPBACK if ip_address(found).is_loopback else found
+
+
+def address_for_others(host: str) -> str:
+    """Return the address by which other machines reach this one, of a server that listens on `host`."""
+    plain = host.strip("[]")
+    if plain not in ANY:
+        try:
+            return str(ip_address(plain))
+        except ValueError:
+            pass  # A name.
+    try:
+        return ray_interface(host)
+    except OSError:
+        return LOOPBACK
 
 
 def _machine_address() -> str:

@@ -16,10 +16,11 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import Any, BinaryIO
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.frozen import frozen
 from lattice_server.executors.bind_address import ray_interface
 from lattice_server.executors.processes import end_session
 from lattice_server.executors.ray_folder import LOG, RayFolder
@@ -48,7 +49,7 @@ TUNING = {
 PRIVATE = ("LATTICE_TARGET", "LATTICE_TOKEN", "RAY_ADDRESS")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settings:
     """The Ray to start, or with an address other than `local` the one to join."""
 

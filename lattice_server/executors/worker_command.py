@@ -1,15 +1,15 @@
 """Owns the command-line flags of workers. Rule: a worker measures each resource for which there is no flag."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Capacity
 from lattice_server.executors.bind_address import ANY, LOOPBACK
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Offer:
     """The resources that a worker offers of its machine; it measures a resource that is None. Sizes in bytes."""
 

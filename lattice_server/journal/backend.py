@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import JournalReader
 from lattice_server.engine.journal_records import Record
 from lattice_server.journal.uses import Changes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Opened:
     """The state of a journal that was opened: its epoch, the newest numbers, the newest event of each live run."""
 
@@ -20,7 +20,7 @@ class Opened:
     live: dict[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileSizes:
     """The sizes of the files of a back end; see `JournalStats`."""
 

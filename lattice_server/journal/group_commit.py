@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import (
     JournalBrokenError,
     JournalBusyError,
@@ -38,7 +39,7 @@ MIB = 1024 * 1024
 RECORD_BYTES = 200  # The memory of a record besides its values.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """Bounds of one commit, and of the bytes that wait for commits before new work is refused."""
 

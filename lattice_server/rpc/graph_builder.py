@@ -4,11 +4,11 @@ Rule: a graph in parts is accepted or refused exactly as the same graph in one m
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from lattice.v1 import task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ConflictError, NotFoundError, invalid_field
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
 from lattice_server.engine.draft_graphs import DraftGraph, DraftGraphs
@@ -18,7 +18,7 @@ from lattice_server.rpc.fingerprints import GraphFingerprint, drop_pickles
 from lattice_server.rpc.spec_parser import SpecParser
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SubmittedGraph:
     """A graph of a caller with the parts of its fingerprint as a stored workflow, and as a run.
 

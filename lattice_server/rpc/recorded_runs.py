@@ -3,10 +3,10 @@
 import asyncio
 import heapq
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
 
 from lattice.v1 import run_pb2
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
@@ -17,7 +17,7 @@ PAGE = 200
 Item = RunEntry | run_pb2.Run
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunFilter:
     """Which runs a caller asks for: in one of these states, with these labels, of one tenant or within reach."""
 

@@ -7,7 +7,6 @@ slices is the message parsed at once.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from lattice.v1 import task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.slices import Slices
 
 # The most of one slice: a thousand records are parsed in about a millisecond.
@@ -32,7 +32,7 @@ MAX_VARINT_BYTES = 10
 NO_LISTS: Mapping[int, FieldDescriptor] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MessageLimits:
     """The most bytes and tasks of one message of a caller. The number also limits edges, and all other records."""
 
@@ -40,14 +40,14 @@ class MessageLimits:
     tasks: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unread:
     """A request that is parsed when its call begins."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Refused:
     """A refused request. Raising its error while grpcio deserializes would log a traceback."""
 

@@ -49,7 +49,7 @@ class RunStarter:
         graph, spec = await self._source(request, reach, is_open)
         request_id, parameters = request.request_id, self._parser.payloads(request.parameters, "parameters")
         run_fingerprint = _fingerprint(request, graph, is_open)
-        if entry := self._orchestrator.known(request.run_id, run_fingerprint, request.tenant, request_id):
+        if entry := self._orchestrator.known(request.run_id, run_fingerprint, request.tenant, request_id, secrets):
             return entry, False
         if graph is not None:
             graph.check()

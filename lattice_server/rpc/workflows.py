@@ -16,6 +16,7 @@ from lattice_server.engine.run_entry import fingerprint
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
+from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.payloads import question_from_proto
 from lattice_server.rpc.convert.runs import (
     graph_task_to_proto,
@@ -211,10 +212,12 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def RetryRun(self, request: workflow_pb2.RetryRunRequest, context: Context) -> workflow_pb2.RetryRunResponse:
         """Start a run that takes over what another one finished."""
+        secrets = secrets_from_proto(request.secrets)
+        request.ClearField("secrets")
         check_id(request.new_run_id, "new_run_id")
         own_fingerprint = fingerprint(b"retry", request.run_id.encode()) if request.new_run_id else ""
         entry, created = await self._orchestrator.retry_run(
-            request.run_id, request.new_run_id, own_fingerprint, callers.reach()
+            request.run_id, request.new_run_id, own_fingerprint, callers.reach(), secrets
         )
         return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
 

@@ -3,8 +3,9 @@
 Names and units are those of OpenTelemetry. In Prometheus dots become underscores, and the unit is appended.
 """
 
-from dataclasses import dataclass
 from enum import Enum
+
+from lattice_server.core.frozen import frozen
 
 # Seconds of calls and of the server's own work, and seconds of users' work.
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -21,7 +22,7 @@ class Kind(Enum):
     HISTOGRAM = "histogram"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Instrument:
     """One metric. `bounds` are the upper bounds of the buckets of a histogram."""
 
@@ -184,7 +185,7 @@ JOURNAL_LAG = _histogram(
     "lattice.journal.lag",
     "s",
     (),
-    "Time until a record was durable, of the one that waited longest in each commit.",
+    "Time until the oldest record of a commit was durable.",
     SHORT_S,
 )
 JOURNAL_RECORDS = _counter("lattice.journal.records", "{record}", (), "Records that are durable.")

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.telemetry.catalogue import Instrument
 
 Labels = tuple[str, ...]
@@ -37,7 +38,7 @@ class Distribution:
 Value = float | Distribution
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reading:
     """The numbers of one instrument at one moment, by the values of its labels."""
 

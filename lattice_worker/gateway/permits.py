@@ -6,7 +6,7 @@ was asked for ends once, also when its caller is gone.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -26,6 +26,7 @@ class Permits:
         self._asked: list[list[Any]] = []
         self._answered: list[list[Any]] = []
         self._ended: list[list[Any]] = []
+        self._told: list[list[Any]] = []
         self._refused: list[list[Any]] = []
         self._news = asyncio.Event()
 
@@ -50,9 +51,11 @@ class Permits:
             self._waiting.pop(name, None)
         return name
 
-    def note_answer(self, name: str) -> None:
-        """Report that the answer to a request has begun."""
+    def note_answer(self, name: str, told: Mapping[str, Sequence[float]]) -> None:
+        """Report that the answer to a request has begun, and what its provider told of its limits."""
         self._answered.append([name, time.monotonic()])
+        if told:
+            self._told.append([name, told])
         self._news.set()
 
     def end(self, name: str, tokens: int | None) -> None:
@@ -73,10 +76,11 @@ class Permits:
             report = {
                 "asked": self._asked,
                 "answered": [[name, now - at] for name, at in self._answered],
+                "told": self._told,
                 "ended": self._ended,
                 "refused": self._refused,
             }
-            self._asked, self._answered, self._ended, self._refused = [], [], [], []
+            self._asked, self._answered, self._told, self._ended, self._refused = [], [], [], [], []
             answer = await self._ask("lattice/gateway.budget", report)
             for name, why in answer["refused"].items():
                 if (waiting := self._waiting.get(name)) is not None and not waiting.done():

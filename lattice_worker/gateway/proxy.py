@@ -6,6 +6,7 @@ Rule: another instance is tried only while no byte of an answer has gone to the 
 import asyncio
 import json
 import logging
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -14,37 +15,40 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from lattice_worker.gateway.engines import (
+    INSTANCE_HEADER,
+    PATHS,
+    REQUEST_ERRORS,
+    OpenRequests,
+    passed,
+    returned,
+    session,
+)
 from lattice_worker.gateway.permits import ImpossibleError, Permits
-from lattice_worker.gateway.refusals import LimitedError, Refusal
-from lattice_worker.gateway.routing import Route, Routing
+from lattice_worker.gateway.refusals import ENDED_KEY, MAX_REQUEST_BYTES, LimitedError, Refusal, key_of
+from lattice_worker.gateway.routing import Routing, Target
 from lattice_worker.gateway.sent import Sent
 from lattice_worker.gateway.stream import EventError, Watch, error_event
 from lattice_worker.gateway.usage import Estimates
 
 log = logging.getLogger(__name__)
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-MAX_REQUEST_BYTES = 64 * 1024 * 1024
-CONNECT_S = 5.0
 MAX_TRIES = 3
 # How often a request is made that its provider refuses because of a limit.
 MAX_LIMITED = 10
 # Answers of an engine that does not serve now, which another instance may serve.
 ELSEWHERE = frozenset({502, 503, 504})
-# Of a request that is passed on, and of an answer.
-PASSED = ("accept", "content-type", "x-request-id", "user-agent")
-RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
-ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
 BEGUN = web.RequestKey("begun", bool)  # Of a request whose answer has begun.
 SERVICE = web.RequestKey("service", str)  # Of a request whose key is valid.
+KEY = web.RequestKey("key", str)  # The key of such a request.
 CALLER_GONE = 499  # The status of a request without an answer, because its caller left.
-REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 
 
 class Proxy:
     """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one.
 
-    `permits` has the requests wait for which a model has no budget now.
+    `permits` has the requests wait for which a model has no budget now. Connections `to_gateways` of other nodes are
+    made with these certificates; without them they fail.
     `note` is called at the end of each request with its service, or "", the status and the duration in seconds.
     """
 
@@ -62,8 +66,9 @@ class Proxy:
         self._permits = permits
         self._estimates: dict[str, Estimates] = {}
         self._note = note
+        self.to_gateways: ssl.SSLContext | None = None
         self._client: aiohttp.ClientSession
-        self._open: dict[str, set[asyncio.Task[Any]]] = {}
+        self._open = OpenRequests()
 
     def application(self) -> web.Application:
         """Return the application to serve."""
@@ -75,20 +80,16 @@ class Proxy:
         return made
 
     async def _session(self, _: web.Application) -> Any:
-        # A connection for each request: an instance counts its open connections as requests.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self._client:
+        async with session() as self._client:
             yield
 
     def end_requests(self, key: str) -> None:
         """End the open requests of a key."""
-        for task in self._open.get(key, ()):
-            task.cancel()
+        self._open.end(key)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:
-            _, service = await self._allowed(request)
+            service = await self._allowed(request)
         except Refusal as refusal:
             return refusal.response()
         model = {"id": _name(service), "object": "model", "created": 0, "owned_by": "lattice"}
@@ -105,9 +106,9 @@ class Proxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
-            key, service = await self._allowed(request)
+            service = await self._allowed(request)
             task = asyncio.create_task(self._permitted(request, service))
-            self._open.setdefault(key, set()).add(task)
+            self._open.add(request[KEY], task)
             try:
                 return await task
             except asyncio.CancelledError:
@@ -115,21 +116,17 @@ class Proxy:
                 if BEGUN in request or (handler is not None and handler.cancelling()):
                     raise  # An answer cannot be begun anew, and a caller that is gone gets none.
                 raise Refusal(401, *ENDED_KEY) from None
-            finally:
-                self._open[key].discard(task)
-                if not self._open[key]:
-                    del self._open[key]
         except Refusal as refusal:
             return refusal.response()
 
-    async def _allowed(self, request: web.Request) -> tuple[str, str]:
-        given = request.headers.get("authorization", "")
-        key = given[7:] if given[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
-        service = await self._service_of(key.strip()) if key else None
+    async def _allowed(self, request: web.Request) -> str:
+        """Return the service that the key of a request is for. Raises Refusal."""
+        key = key_of(request)
+        service = await self._service_of(key) if key else None
         if service is None:
             raise Refusal(401, *ENDED_KEY)
-        request[SERVICE] = service
-        return key.strip(), service
+        request[KEY], request[SERVICE] = key, service
+        return service
 
     async def _permitted(self, request: web.Request, service: str) -> web.StreamResponse:
         """Pass a request on when the budget of its model permits it; again if the provider refuses it all the same."""
@@ -159,7 +156,7 @@ class Proxy:
                     self._permits.end(permit, sent.usage.tokens(estimate))
                 else:
                     self._permits.refuse(permit, sent.limited.retry_after_s)
-        raise AssertionError("the caller gets the last answer, whatever it is")
+        raise AssertionError("the caller gets the last answer")
 
     async def _pass(self, request: web.Request, service: str, sent: Sent) -> web.StreamResponse:
         """Pass a request to an instance; to another one when the first does not answer."""
@@ -172,15 +169,14 @@ class Proxy:
                     break
                 await self._ready(service)
                 continue
-            instance_id, endpoint = chosen
-            tried.append(instance_id)
-            self._routing.begin(instance_id)
+            tried.append(chosen.instance_id)
+            self._routing.begin(chosen.instance_id)
             try:
-                return await self._try(request, service, sent, instance_id, endpoint)
+                return await self._try(request, service, sent, chosen)
             except _Elsewhere as elsewhere:
                 why = str(elsewhere)
             finally:
-                self._routing.end(instance_id)
+                self._routing.end(chosen.instance_id)
         raise Refusal(503, "replica_lost", f"{len(tried)} instances of {_name(service)!r} did not answer: {why}")
 
     async def _body(self, request: web.Request, service: str) -> dict[str, Any]:
@@ -200,35 +196,35 @@ class Proxy:
         await self._wait(service)
         route = self._routing.find(service)
         if route is not None and route.is_away:
-            text = f"the instances of {_name(service)!r} are on other nodes and listen there only"
+            text = f"the instances of {_name(service)!r} are on other nodes, whose gateways are not reached from here"
             raise Refusal(503, "replica_out_of_reach", text)
 
-    async def _try(
-        self, request: web.Request, service: str, sent: Sent, instance_id: str, endpoint: str
-    ) -> web.StreamResponse:
-        route = self._routing.find(service)
+    async def _try(self, request: web.Request, service: str, sent: Sent, target: Target) -> web.StreamResponse:
+        route, instance_id = self._routing.find(service), target.instance_id
         if route is None:
             raise Refusal(404, "model_not_found", f"there is no model {_name(service)!r} any more")
         body = sent.body_for(route, request.path)
-        is_outside = "://" in endpoint
-        path = request.path_qs.removeprefix("/v1") if is_outside else request.path_qs
-        url = f"{endpoint}{path}" if is_outside else f"http://{endpoint}{path}"
+        headers = passed(request.headers, route)
+        secured: dict[str, Any] = {}
+        if target.gateway:
+            # The gateway there asks the server what the key is for, and has that of the engine.
+            headers |= {"authorization": f"Bearer {request[KEY]}", INSTANCE_HEADER: instance_id}
+            secured = {"ssl": self.to_gateways or True, "server_hostname": target.gateway}
         try:
-            async with self._client.post(url, json=body, headers=_headers(request, route)) as answer:
+            async with self._client.post(target.url(request.path_qs), json=body, headers=headers, **secured) as answer:
                 if answer.ok:
-                    sent.note_answer()
+                    sent.note_answer(answer.headers)
                 # The task gets a provider's answer as it is, with the time after which it may retry.
-                if answer.status in ELSEWHERE and not is_outside:
+                if answer.status in ELSEWHERE and not target.is_outside:
                     raise _Elsewhere(f"{instance_id} answered with {answer.status}")
-                headers = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
-                headers["x-lattice-instance"] = instance_id
+                found = returned(answer.headers) | {INSTANCE_HEADER: instance_id}
                 if answer.content_type == "text/event-stream":
-                    return await self._stream(request, answer, headers, instance_id, sent)
+                    return await self._stream(request, answer, found, instance_id, sent)
                 whole = await answer.read()
                 sent.note_whole(answer.status, answer.headers, whole)
         except REQUEST_ERRORS as error:
             raise _Elsewhere(f"{instance_id}: {type(error).__name__}: {error}") from error
-        return web.Response(body=whole, status=answer.status, headers=headers)
+        return web.Response(body=whole, status=answer.status, headers=found)
 
     async def _stream(
         self,
@@ -271,12 +267,6 @@ class Proxy:
 
 class _Elsewhere(Exception):
     """An instance did not answer; another one may."""
-
-
-def _headers(request: web.Request, route: Route) -> dict[str, str]:
-    """Return the headers of a request to an engine. The caller's key stays here."""
-    found = {name: request.headers[name] for name in PASSED if name in request.headers and name != "content-type"}
-    return found | ({"authorization": f"Bearer {route.key}"} if route.key else {})
 
 
 def _name(service: str) -> str:

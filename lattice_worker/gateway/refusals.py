@@ -15,6 +15,14 @@ LIMIT_STATUSES = frozenset({429, 529})
 # Of accounts that have no money left: the same answer would come again.
 SPENT = ("insufficient_quota", "billing", "credit", "payment")
 MAX_S = 3600.0
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
+
+
+def key_of(request: web.Request) -> str:
+    """Return the key that a request has, in either of the headers in which clients send it."""
+    given = request.headers.get("authorization", "")
+    return (given[7:] if given[:7].lower() == "bearer " else request.headers.get("x-api-key", "")).strip()
 
 
 def is_limit(status: int, headers: Mapping[str, str], body: bytes) -> bool:

@@ -1,25 +1,53 @@
 """Owns the choice of the instance for a request. Rule: pure; new routes of the server replace the earlier ones."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """One model: its name for the engine, the key of the engine, and its instances by name.
+class Target:
+    """An instance, and where requests to it go: itself, a provider, or the `gateway` of such a name on its node."""
 
-    It `is_away` when its instances are ready on other nodes only, and listen there for those nodes alone. One that
-    `has_budget` needs a permit for each request; `tokens` is its limit of tokens in a window, if any.
+    instance_id: str
+    endpoint: str
+    gateway: str = ""
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is a provider, whose endpoint is a URL."""
+        return "://" in self.endpoint
+
+    def url(self, path: str) -> str:
+        """Return the URL of a request whose path begins with the version of the API."""
+        if self.is_outside:
+            return self.endpoint + path.removeprefix("/v1")
+        return f"{'https' if self.gateway else 'http'}://{self.endpoint}{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One model: its name for the engine, the key of the engine, and the addresses of its instances by name.
+
+    `replicas` are the instances of this node, or the provider. `remote` are those of other nodes, each with the address
+    and the name of the gateway there. It `is_away` when instances are ready on other nodes only, whose gateways are not
+    reached. One that `has_budget` needs a permit for each request; `tokens` is its limit of tokens in a window, if any.
     """
 
     model: str
     key: str
     replicas: Mapping[str, str]
+    remote: Mapping[str, Sequence[str]] = field(default_factory=dict)
     is_away: bool = False
     has_budget: bool = False
     tokens: int | None = None
+
+    @property
+    def targets(self) -> list[Target]:
+        """The instances, those of this node first."""
+        here = [Target(name, endpoint) for name, endpoint in self.replicas.items()]
+        return here + [Target(name, endpoint, gateway) for name, (endpoint, gateway) in self.remote.items()]
 
 
 class Routing:
@@ -37,14 +65,11 @@ class Routing:
         """Return a route."""
         return self._routes.get(service)
 
-    def choose(self, service: str, without: Collection[str] = ()) -> tuple[str, str] | None:
-        """Return the name and the address of the instance with the fewest requests; None when there is none left."""
+    def choose(self, service: str, without: Collection[str] = ()) -> Target | None:
+        """Return the instance with the fewest requests, of equal ones one of this node; None when there is none."""
         route = self._routes.get(service)
-        found = [] if route is None else [name for name in route.replicas if name not in without]
-        if route is None or not found:
-            return None
-        best = min(found, key=lambda name: self._in_flight[name])
-        return best, route.replicas[best]
+        found = [] if route is None else [target for target in route.targets if target.instance_id not in without]
+        return min(found, key=lambda target: self._in_flight[target.instance_id], default=None)
 
     def begin(self, instance_id: str) -> None:
         """Count a request."""

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lattice_worker.gateway.limits import told_limits
 from lattice_worker.gateway.refusals import LimitedError, is_limit, retry_after_s
 from lattice_worker.gateway.routing import Route
 from lattice_worker.gateway.usage import Usage
@@ -17,7 +19,8 @@ class Sent:
 
     Attributes:
         body: what the caller sent.
-        note: is called when the answer to a permitted request begins; None for a model without a budget.
+        note: is called when the answer to a permitted request begins, with what it tells of limits; None for a model
+            without a budget.
         counts_tokens: whether its budget has a limit of tokens.
         is_last: whether it is not made again, so that its caller gets the answer, whatever it is.
         usage: the tokens that it used.
@@ -25,7 +28,7 @@ class Sent:
     """
 
     body: dict[str, Any]
-    note: Callable[[], None] | None = None
+    note: Callable[[Mapping[str, Sequence[float]]], None] | None = None
     counts_tokens: bool = False
     is_last: bool = True
     usage: Usage = field(default_factory=Usage)
@@ -45,10 +48,10 @@ class Sent:
             found["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
         return found
 
-    def note_answer(self) -> None:
+    def note_answer(self, headers: Mapping[str, str]) -> None:
         """Note that an answer begins."""
         if self.note is not None:
-            self.note()
+            self.note(told_limits({name.lower(): value for name, value in headers.items()}, time.time()))
 
     def note_whole(self, status: int, headers: Mapping[str, str], whole: bytes) -> None:
         """Take a whole answer. Raises LimitedError when it is to be made again later."""

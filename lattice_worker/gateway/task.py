@@ -1,20 +1,29 @@
 """The task of a gateway: serves the proxy on the loopback address, and keeps its routes and keys as the server says.
 
+Gateways of other nodes are served at the address of the node, by certificates of the server's.
+
 Rule: a key that the server has ended is refused from then on, and its open requests end.
 """
 
 import asyncio
+import logging
 import socket
+from collections import OrderedDict
+from ipaddress import ip_address
 from typing import Any
 
 from aiohttp import web
 
 from lattice_worker import context
+from lattice_worker.gateway.identity import Identity, keep_alive
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.refusals import Refusal
+from lattice_worker.gateway.relay import Relay
 from lattice_worker.gateway.reports import Reports
 from lattice_worker.gateway.routing import Routing
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 # Keys that no request of this node could ever have are remembered too, within bounds.
@@ -32,32 +41,62 @@ class Gateway:
 
     def __init__(self) -> None:
         self._routing = Routing()
-        self._services: dict[str, str] = {}
+        # By key, and then by the gateway that passes the key on; "" for a request of this node.
+        self._services: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
         self._permits = Permits(context.ask_async)
         self._reports = Reports()
+        self._identity = Identity()
         self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits, self._reports.note)
+        self._relay = Relay(self._routing, self._service_of)
 
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
-        started = await context.ask_async("lattice/gateway.start")
+        started = await context.ask_async("lattice/gateway.start", {"request": self._identity.request})
         reporting = asyncio.create_task(self._reports.run()) if started.get("reports") else None
-        runner = web.AppRunner(self._proxy.application(), access_log=None, handler_cancellation=True)
-        await runner.setup()
-        with _listening(str(started["endpoint"])) as listener:
-            await web.SockSite(runner, listener).start()
-            host, port = listener.getsockname()
-            await context.ask_async("lattice/gateway.ready", {"endpoint": f"{host}:{port}"})
+        self._identity.take(started["certificate"], started["authority"])
+        self._proxy.to_gateways = self._identity.context(is_server=False)
+        runners = [
+            web.AppRunner(door.application(), access_log=None, handler_cancellation=True)
+            for door in (self._proxy, self._relay)
+        ]
+        for runner in runners:
+            await runner.setup()
+        try:
+            endpoint = await self._listen(runners[0], _listening(HOST, str(started["endpoint"])))
+            peer = await self._listen_to_gateways(runners[1], str(started["host"]))
+            await context.ask_async("lattice/gateway.ready", {"endpoint": endpoint, "peer": peer})
             try:
                 async with asyncio.TaskGroup() as serving:
                     serving.create_task(self._permits.serve())
                     serving.create_task(self._follow())
             except* context.QuestionError:
                 pass  # The server does not know this gateway any more.
-        if reporting is not None:
-            reporting.cancel()
-        await runner.cleanup()
+        finally:
+            if reporting is not None:
+                reporting.cancel()
+            for runner in runners:
+                await runner.cleanup()
         return {}
+
+    async def _listen(self, runner: web.AppRunner, listener: socket.socket, **settings: Any) -> str:
+        """Serve at a socket; return its address."""
+        await web.SockSite(runner, listener, **settings).start()
+        host, port = listener.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def _listen_to_gateways(self, runner: web.AppRunner, host: str) -> str:
+        """Serve gateways of other nodes at an address; return it, or nothing when this node does not have it."""
+        try:
+            address = ip_address(host)
+            if address.is_unspecified:
+                raise ValueError("the node has no address of its own")
+            listener = _listening(str(address))
+        except (OSError, ValueError) as error:
+            log.warning("gateways of other nodes cannot reach this one: %s: %s", host, error)
+            return ""
+        keep_alive(listener)
+        return await self._listen(runner, listener, ssl_context=self._identity.context(is_server=True))
 
     async def _follow(self) -> None:
         while True:
@@ -70,17 +109,20 @@ class Gateway:
         for key in news["revoked"]:
             self._services.pop(key, None)
             self._proxy.end_requests(key)
+            self._relay.end_requests(key)
 
-    async def _service_of(self, key: str) -> str | None:
-        """Return the service that a key is for; None when it is not valid here."""
-        if key not in self._services:
-            found = await context.ask_async("lattice/gateway.key", {"key": key})
+    async def _service_of(self, key: str, gateway: str = "") -> str | None:
+        """Return the service that a key is for, which a gateway may pass on; None when it is not valid here."""
+        known = self._services.get(key, {})
+        if gateway not in known:
+            found = await context.ask_async("lattice/gateway.key", {"key": key, "gateway": gateway})
             if "service" not in found:
                 return None
-            if len(self._services) >= MAX_KEYS:
-                self._services.pop(next(iter(self._services)))
-            self._services[key] = found["service"]
-        return self._services[key]
+            known = self._services.setdefault(key, {})
+            known[gateway] = found["service"]
+            if len(self._services) > MAX_KEYS:
+                self._services.popitem(last=False)
+        return known[gateway]
 
     async def _wait(self, service: str) -> None:
         """Wait until a service has an instance that is ready. Raises Refusal."""
@@ -90,7 +132,7 @@ class Gateway:
                     news = self._news
                     await context.ask_async("lattice/gateway.wait", {"name": service})
                     route = self._routing.find(service)
-                    if route is not None and (route.replicas or route.is_away):
+                    if route is not None and (route.targets or route.is_away):
                         return
                     # The routes that the answer speaks of are on their way.
                     await news.wait()
@@ -101,10 +143,11 @@ class Gateway:
             raise Refusal(503, "model_not_ready", text, retry_after_s=10) from None
 
 
-def _listening(endpoint: str) -> socket.socket:
-    """Return a socket that listens where an earlier gateway of this node did, or else at a free port."""
-    port = int(endpoint.rpartition(":")[2] or 0)
+def _listening(host: str, earlier: str = "") -> socket.socket:
+    """Return a socket that listens where an earlier gateway did, or else at a free port. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    port = int(earlier.rpartition(":")[2] or 0)
     try:
-        return socket.create_server((HOST, port))
+        return socket.create_server((host, port), family=family)
     except OSError:
-        return socket.create_server((HOST, 0))
+        return socket.create_server((host, 0), family=family)

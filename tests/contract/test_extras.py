@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WORKER = {"aiohttp", "h11", "orjson", "psutil", "pynvml", "uvloop"}
+WORKER = {"aiohttp", "cryptography", "h11", "orjson", "psutil", "pynvml", "uvloop"}
 SERVER = {
     "asyncinotify",
     "grpc_health",

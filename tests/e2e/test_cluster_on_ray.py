@@ -10,8 +10,9 @@ import pytest
 from lattice.v1 import cluster_pb2
 
 from lattice_client import Run, TaskFailedError, task
+from tests.commands import LATTICE
 from tests.e2e.clusters import PORT, Cluster, cluster
-from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
+from tests.e2e.net import GONE_S, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, entered, until
 from tests.e2e.test_cluster import (
     LARGE_BYTES,
@@ -24,6 +25,7 @@ from tests.e2e.test_cluster import (
     stay,
     wait_and_measure,
 )
+from tests.e2e.test_llm_cluster import check_budget_of_two_nodes, check_model_of_another_node
 
 READY = cluster_pb2.NODE_STATE_READY
 PAGE = Path(__file__).parent.parent.parent / "docs" / "cluster.md"
@@ -135,6 +137,8 @@ def test_attempts_run_again_when_a_part_of_their_machine_dies(what: str, two: Cl
         two.until(lambda: not two.machines[0].processes())
 
 
+# Between the machine that returns at once and the one that is lost.
+@pytest.mark.exhaustive
 def test_a_machine_keeps_its_worker_when_it_reconnects_before_ray_misses_it(two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     two.machines[0].cut()
@@ -261,3 +265,9 @@ def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) ->
     assert passed_on(two, "head").result(timeout=WAIT_S) == {"result": MANY_BYTES}
     assert two.head.sent_bytes(PORT) - sent < MANY_BYTES / 10
     assert two.head.carried_bytes() - carried > MANY_BYTES
+
+
+def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) -> None:
+    check_model_of_another_node(two)
+    two.client.services.stop("tiny", timeout=WAIT_S)
+    check_budget_of_two_nodes(two)

@@ -12,9 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from lattice_client import InvalidArgumentError, LatticeClient, TaskDefinitionError, TaskFailedError, secret, task
-from tests.e2e.conftest import LATTICE
+from lattice_client.cli.main import main
+from tests.commands import START
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
 from tests.e2e.test_restarts import Head
@@ -57,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ["--metrics", "prometheus", "--log-level", "debug"]
     with starting("local"), (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [LATTICE, "start", "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
+            [*START, "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
@@ -144,6 +146,41 @@ def test_a_secret_of_the_server_is_for_its_tenant_only(server: Server, search: L
             again.run_task(look, {"names": ["KEY"]})
 
 
+OF_SERVER = {"LANG": "C.UTF-8", "TZ": "UTC", "PROVIDER_KEY": "x", "LATTICE_OWN": "y", "HOME": "/"}
+OF_EACH_TASK = {"PATH", "LANG", "TZ", "LATTICE_WORKER_ID", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HOME"}
+OF_SANDBOXES = {"TMPDIR", "USER", "LOGNAME"}
+THREADS = {f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+
+
+def test_a_task_has_the_variables_that_its_documentation_names(short_path: Path) -> None:
+    env = OF_SERVER | {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(short_path)}
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    with starting("local"):
+        server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        address = server.stdout.readline().strip().rpartition(" ")[2]
+
+    def variables() -> dict[str, str]:
+        return dict(os.environ)
+
+    try:
+        with LatticeClient(address) as client:
+            found = {
+                level: client.run_task(task(isolation=level)(variables), {})["result"]
+                for level in ("none", "subprocess", "seccomp")
+            }
+    finally:
+        server.terminate()
+        server.wait(30)
+    # gRPC's is a setting of the worker's own.
+    of_worker = {"PROVIDER_KEY", "XDG_RUNTIME_DIR", "GRPC_VERBOSITY"}
+    assert found["none"].keys() == OF_EACH_TASK | {"LATTICE_TARGET"} | of_worker
+    assert (found["none"]["LATTICE_TARGET"], found["none"]["CUDA_VISIBLE_DEVICES"]) == (address, "")
+    for level in ("subprocess", "seccomp"):
+        assert found[level].keys() == OF_EACH_TASK | OF_SANDBOXES | THREADS
+        assert (found[level]["USER"], found[level]["OMP_NUM_THREADS"]) == ("task", "1")
+
+
 @task(cpu=0.1, env={"KEY": secret("UNTOLD"), "SERVERS": secret("untold")})
 def tell(room: str) -> str:
     import base64
@@ -164,7 +201,7 @@ def tell(room: str) -> str:
     raise ValueError(f"refused: {value}")
 
 
-def test_no_secret_is_in_what_the_server_keeps_shows_or_writes(
+def test_server_stores_shows_and_writes_no_secret(
     server: Server, search: LatticeClient, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNTOLD", UNTOLD)
@@ -233,17 +270,53 @@ def test_a_wrong_environment_is_refused() -> None:
             task(env=env)(look.function)  # type: ignore[arg-type]  # as a caller without a type checker
 
 
-@pytest.mark.timeout(120)
-def test_a_run_whose_secret_is_gone_with_the_server_fails_typed(
+@task(cpu=0.1, env={"KEY": secret("CANARY")})
+def look_or_fail(folder: str) -> str:
+    if not (Path(folder) / "works").exists():
+        raise ValueError("it does not work yet")
+    return os.environ["KEY"]
+
+
+def test_a_retried_run_has_its_secrets_from_the_client_that_retries_it(
+    server: Server, search: LatticeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = search.create_workflow()
+    workflow.add_task(look_or_fail, {"folder": str(tmp_path)})
+    run = workflow.run()
+    with pytest.raises(TaskFailedError, match="not work yet"):
+        run.result(timeout=WAIT_S)
+    (tmp_path / "works").touch()
+    with LatticeClient(server.address, tenant="search") as other:
+        # Of its own accord a client sends no variable that somebody else's run names.
+        with pytest.raises(InvalidArgumentError, match="CANARY again"):
+            other.retry_run(str(run))
+        with pytest.raises(TaskDefinitionError, match="NO_SUCH"):
+            other.retry_run(str(run), secrets=["NO_SUCH"])
+        assert other.retry_run(str(run), secrets=["CANARY"]).result(timeout=WAIT_S) == {"result": CANARY}
+    with LatticeClient(server.address, tenant="search", env={"OTHER": secret("CANARY")}) as other:
+        assert other.retry_run(str(run)).result(timeout=WAIT_S) == {"result": CANARY}
+    again = run.retry()
+    assert again.result(timeout=WAIT_S) == {"result": CANARY}
+    # Tasks whose results are taken over need none.
+    monkeypatch.delenv("CANARY")
+    assert again.retry().result(timeout=WAIT_S) == {"result": CANARY}
+    shown = CliRunner(env={"LATTICE_TARGET": server.address}).invoke(
+        main, ["runs", "retry", "--secret", "NO_SUCH", "x"]
+    )
+    assert "NO_SUCH" in shown.output
+
+
+@task(cpu=0.1)
+def stay(room: str) -> str:
+    enter(room, "stay")
+    return "KEY"
+
+
+@pytest.mark.timeout(180)
+def test_a_run_that_lost_its_secret_with_the_server_gets_it_by_a_repeated_start_or_fails_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Room
 ) -> None:
     monkeypatch.setenv("CANARY", CANARY)
-
-    @task(cpu=0.1)
-    def stay(room: str) -> str:
-        enter(room, "stay")
-        return room
-
     head = Head(tmp_path / "journal")
     head.start()
     try:
@@ -253,12 +326,17 @@ def test_a_run_whose_secret_is_gone_with_the_server_fails_typed(
             workflow.add_task(
                 task(env={"KEY": secret("CANARY")})(look.function), {"names": [first.output]}, task_id="k"
             )
-            run = workflow.run()
-            entered(run, "stay")
+            lost, repeated = workflow.run("lost"), workflow.run("repeated")
+            entered(lost, "stay")
+            entered(repeated, "stay")
             head.restart()
+            assert str(workflow.run("repeated")) == "repeated"
             room.open()
+            assert client.get_run("repeated").result(timeout=WAIT_S) == {"result": {"KEY": CANARY}}
             with pytest.raises(TaskFailedError) as caught:
-                client.get_run(str(run)).result(timeout=WAIT_S)
+                client.get_run("lost").result(timeout=WAIT_S)
             assert caught.value.kind == "SECRET_MISSING"
+            found = client.retry_run("lost", secrets=["CANARY"]).result(timeout=WAIT_S)
+            assert found == {"result": {"KEY": CANARY}}
     finally:
         head.stop()

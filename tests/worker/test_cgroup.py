@@ -90,3 +90,28 @@ def test_limits_are_none_when_the_files_cannot_be_read_as_numbers(tmp_path: Path
         "sys/fs/cgroup/memory.max": "much\n",
     }
     assert cgroup.limits(tree(tmp_path, files)) == Limits(None, None)
+
+
+VERSION_2 = {"proc/self/cgroup": "0::/agent\n", "proc/self/mountinfo": MOUNT_V2.format(shown="/")}
+VERSION_1 = {"proc/self/cgroup": "4:memory:/agent\n", "proc/self/mountinfo": MOUNTS_V1.format(shown="/")}
+KILLS = {"proc/vmstat": "nr_free_pages 5\noom_kill 40\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({}, 0),
+        (KILLS, 40),
+        (VERSION_2 | KILLS, 40),
+        (VERSION_2 | KILLS | {"sys/fs/cgroup/agent/memory.events.local": "max 9\noom_kill 2\n"}, 2),
+        (VERSION_1 | KILLS | {"sys/fs/cgroup/memory/agent/memory.oom_control": "under_oom 0\noom_kill 3\n"}, 3),
+        (VERSION_1 | KILLS | {"sys/fs/cgroup/memory/agent/memory.oom_control": "under_oom 0\n"}, 40),
+    ],
+)
+def test_processes_of_other_groups_that_ran_out_of_memory_do_not_count(
+    files: dict[str, str], kills: int, tmp_path: Path
+) -> None:
+    others = {"sys/fs/cgroup/agent/1/memory.events.local": "oom_kill 7\n"}
+    others |= {"sys/fs/cgroup/memory/agent/1/memory.oom_control": "oom_kill 7\n"}
+    others |= {"sys/fs/cgroup/agent/memory.events": "oom_kill 9\n"}  # Those of the groups below are in it.
+    assert cgroup.own_oom_kills(tree(tmp_path, others | files)) == kills

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -11,10 +11,11 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice_worker.gateway.limits import seconds, told_limits
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.refusals import Refusal, is_limit, retry_after_s
-from lattice_worker.gateway.routing import Routing
+from lattice_worker.gateway.routing import Routing, Target
 from lattice_worker.gateway.stream import Watch
 from lattice_worker.gateway.usage import Estimates, Usage
 
@@ -63,21 +64,29 @@ def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_compl
     assert watch.is_complete is is_complete
 
 
-def test_routing_chooses_the_instance_with_the_fewest_requests() -> None:
+def chosen(routing: Routing, without: Sequence[str] = ()) -> str:
+    found = routing.choose(SERVICE, without)
+    assert found is not None
+    return found.instance_id
+
+
+def test_routing_chooses_the_instance_with_the_fewest_requests_and_of_equal_ones_that_of_its_node() -> None:
     routing = Routing()
     assert routing.choose(SERVICE) is None
-    route = {"model": "m", "key": "", "replicas": {"a": "h:1", "b": "h:2"}, "is_away": False}
+    route = {"model": "m", "key": "", "replicas": {"a": "h:1"}, "remote": {"b": ["h:2", "gateway-2"]}}
     routing.update({SERVICE: route})
+    assert routing.choose(SERVICE) == Target("a", "h:1")
     routing.begin("a")
-    assert routing.choose(SERVICE) == ("b", "h:2")
+    assert routing.choose(SERVICE) == Target("b", "h:2", "gateway-2")
     routing.begin("b")
+    assert chosen(routing) == "a"
     routing.begin("b")
-    assert routing.choose(SERVICE) == ("a", "h:1")
-    assert routing.choose(SERVICE, ["a"]) == ("b", "h:2")
+    assert chosen(routing) == "a"
+    assert chosen(routing, ["a"]) == "b"
     assert routing.choose(SERVICE, ["a", "b"]) is None
     routing.end("b")
     routing.end("b")
-    assert routing.choose(SERVICE) == ("b", "h:2")
+    assert chosen(routing) == "b"
 
 
 Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -129,7 +138,7 @@ class World:
         for number, engine in enumerate(engines):
             runner, replicas[f"tiny-{number}"] = await _listening(engine)
             self.runners.append(runner)
-        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas, "is_away": False}})
+        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas}})
         runner, address = await _served(self.proxy.application())
         self.runners.insert(0, runner)
         return f"http://{address}/v1"
@@ -346,3 +355,24 @@ def test_refusals_because_of_a_limit_and_their_times(
 ) -> None:
     found = retry_after_s(headers) if is_limit(status, headers, json.dumps(body).encode()) else "passed on"
     assert found == expected
+
+
+def test_limits_are_read_from_the_headers_of_several_providers() -> None:
+    openai = {f"x-ratelimit-{name}": value for name, value in (("remaining-requests", "59"), ("reset-requests", "1s"))}
+    openai |= {"x-ratelimit-remaining-tokens": "149984", "x-ratelimit-reset-tokens": "6m0.5s"}
+    assert told_limits(openai, 0.0) == {"requests": [59, 1.0], "tokens": [149984, 360.5]}
+    name = "anthropic-ratelimit-tokens"
+    other = {f"{name}-remaining": "0", f"{name}-reset": "1970-01-01T00:01:00Z"}
+    assert told_limits(other, 45.0) == {"tokens": [0, 15.0]}
+    assert told_limits({"x-ratelimit-remaining-requests": "1"}, 0.0) == {}
+    wrong = {"x-ratelimit-remaining-requests": "-1", "x-ratelimit-reset-tokens": "soon"}
+    assert told_limits({**openai, **wrong}, 0.0) == {}
+    assert [seconds(text, 0.0) for text in ("12ms", "1h2m3s", "20", "-3", "nan", "", "1x")] == [
+        0.012, 3723.0, 20.0, 0.0, None, None, None
+    ]  # fmt: skip
+
+
+@given(st.text(max_size=30) | st.from_regex(r"[0-9hms.:TZ-]*", fullmatch=True))
+def test_any_text_of_a_header_is_a_number_of_seconds_or_tells_nothing(text: str) -> None:
+    found = told_limits({"x-ratelimit-remaining-tokens": text, "x-ratelimit-reset-tokens": text}, 0.0)
+    assert not found or found["tokens"][0] >= 0 <= found["tokens"][1] < float("inf")

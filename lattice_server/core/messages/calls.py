@@ -1,14 +1,13 @@
 """Owns the messages about waits of attempts: for the ends of tasks that they called, and for signals."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.signals import AwaitedSignal
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.messages.workers import AttemptReport
 from lattice_server.core.model import Failure, Outputs, Payload
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptAwaits(AttemptReport):
     """An attempt waits for the end of a task that it added, or for a signal; `number` names the wait in its lease."""
 
@@ -17,7 +16,7 @@ class AttemptAwaits(AttemptReport):
     signal: AwaitedSignal | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskAwaits(AttemptMessage):
     """An attempt at a task waits for the end of another one, or for a signal."""
 
@@ -27,7 +26,7 @@ class TaskAwaits(AttemptMessage):
     signal: AwaitedSignal | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CallOutputs:
     """The outputs of a called task that succeeded."""
 
@@ -38,7 +37,7 @@ class CallOutputs:
 CallResult = CallOutputs | Payload | Failure | str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CallEnded:
     """A wait of a lease is over. The lease's attempt is told as soon as it has its CPUs again."""
 

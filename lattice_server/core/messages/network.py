@@ -1,11 +1,11 @@
 """Owns the facts about the connections of sandboxed attempts to servers."""
 
-from dataclasses import dataclass
-from enum import Enum
+from lattice_server.core.frozen import frozen
+from lattice_server.core.symbol import Symbol
 
 
-class NetworkVerdict(Enum):
-    """What a worker decided about a connection; every value but `ALLOWED` is a refusal or a failure."""
+class NetworkVerdict(Symbol):
+    """The decision of a worker about a connection; every value but `ALLOWED` is a refusal or a failure."""
 
     ALLOWED = "allowed"
     NOT_LISTED = "not_listed"
@@ -16,7 +16,7 @@ class NetworkVerdict(Enum):
     MALFORMED = "malformed"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NetworkAccess:
     """The connections of an attempt to one server that ended with one verdict; `message` is the reason, for people.
 

@@ -1,19 +1,18 @@
 """Owns the questions to the scheduler about waiting tasks and nodes, and its answers."""
 
-from dataclasses import dataclass
-from enum import Enum
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Capacity, NodeSpec
+from lattice_server.core.symbol import Symbol
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Query:
     """A question to the scheduler, or the answer that carries the same number."""
 
     request_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExplainRequested(Query):
     """A caller asks why a task waits; `TaskExplained` answers."""
 
@@ -21,12 +20,12 @@ class ExplainRequested(Query):
     task_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NodesRequested(Query):
     """A caller asks for the nodes and their free resources; `NodesDescribed` answers."""
 
 
-class ReasonKind(Enum):
+class ReasonKind(Symbol):
     """The class of a reason to wait."""
 
     INPUT = "input"  # Another task has to succeed first.
@@ -42,7 +41,7 @@ class ReasonKind(Enum):
     SERVICE = "service"  # A service that it needs is not ready.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reason:
     """One reason why a task waits, as a sentence and, where they apply, as names and numbers."""
 
@@ -55,7 +54,7 @@ class Reason:
     free: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Explanation:
     """Why a task has waited for `waited_s` seconds; `start_in_s` estimates how much longer it waits, if known."""
 
@@ -64,14 +63,14 @@ class Explanation:
     start_in_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskExplained(Query):
     """The answer to `ExplainRequested`; None when the scheduler does not have the task."""
 
     explanation: Explanation | None
 
 
-class NodeStatus(Enum):
+class NodeStatus(Symbol):
     """The condition of a node and its session, as callers see it."""
 
     READY = "ready"  # Accepts leases.
@@ -79,7 +78,7 @@ class NodeStatus(Enum):
     DRAINING = "draining"  # Finishes the leases it has and accepts no more.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class NodeView(NodeSpec):
     """A node at one moment; `attempts` counts those assigned to it, `free_gpu` the free GPUs and parts of GPUs."""
 
@@ -90,7 +89,7 @@ class NodeView(NodeSpec):
     free_gpu: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NodesDescribed(Query):
     """The answer to `NodesRequested`, with the numbers of waiting tasks and of attempts assigned to workers.
 

@@ -1,14 +1,13 @@
 """Owns the messages between attempts and the caller that holds their run open. Rule: a question gets one answer."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.calls import CallResult
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.messages.workers import AttemptReport, LeaseMessage
 from lattice_server.core.model import Payload
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptAsked(AttemptReport):
     """An attempt asks a question; `number` identifies it within its lease."""
 
@@ -17,7 +16,7 @@ class AttemptAsked(AttemptReport):
     payload: Payload
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class QuestionAsked(AttemptMessage):
     """An attempt asks the caller that holds its run. The answer goes to a session, a lease and a number."""
 
@@ -33,7 +32,7 @@ class QuestionAsked(AttemptMessage):
         return f"{self.lease_id}/{self.number}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AnswerQuestion(LeaseMessage):
     """Send a worker the answer to a question, a call or a wait for a signal: a value, a failure, or why there is none.
 
@@ -45,14 +44,14 @@ class AnswerQuestion(LeaseMessage):
     sequence: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AskHolder:
     """Send a question to the stream that holds a run open."""
 
     question: QuestionAsked
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WithdrawQuestion:
     """Tell the stream that holds a run open that a question needs no answer any more."""
 

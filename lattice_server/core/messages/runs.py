@@ -1,14 +1,13 @@
 """Owns the public events of a run. Rule: they are numbered without gaps, and `RunFinished` is the last one."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.signals import SignalEvent
 from lattice_server.core.messages.tasks import TaskEvent
 from lattice_server.core.model import Failure
 from lattice_server.core.states import RunState
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunStarted:
     """The run was accepted."""
 
@@ -16,7 +15,7 @@ class RunStarted:
     task_count: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TasksAdded:
     """The run grew: by the items of the mapped task `parent_task_id`, by the tasks that task spawned, or, when it is
     empty, by tasks of a caller."""
@@ -26,14 +25,14 @@ class TasksAdded:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunCancelling:
     """No further task of the run starts."""
 
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunFinished:
     """The run ended; no attempt got some of the values that were sent of `unread_signals`."""
 
@@ -45,7 +44,7 @@ class RunFinished:
 Fact = RunStarted | TasksAdded | RunCancelling | RunFinished | TaskEvent | SignalEvent
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunEvent:
     """A numbered public event; `time_s` is wall time in seconds since the epoch."""
 

@@ -1,7 +1,6 @@
 """Owns the unions of all events that the scheduler takes, and of all effects it returns."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.calls import AttemptAwaits, CallEnded, TaskAwaits
 from lattice_server.core.messages.queries import Answer, ExplainRequested, NodesRequested
 from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
@@ -19,7 +18,7 @@ from lattice_server.core.messages.workers import (
 from lattice_server.core.model import Artifact, NodeSpec
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DrainRequested:
     """A node must get no further leases; its tasks that still run after `deadline_s` seconds are requeued."""
 
@@ -27,14 +26,14 @@ class DrainRequested:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NodesChanged:
     """These nodes are connected or may come back."""
 
     nodes: tuple[NodeSpec, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettleArtifacts:
     """All effects of the reports that named these artifacts are out: drop the artifacts that no run keeps by now."""
 
@@ -57,13 +56,9 @@ SchedulerEvent = (
 )
 ToSession = LeaseEffect | SessionEffect | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
-SchedulerEffect = (
-    TaskEvent
-    | TaskReturned
-    | TasksSpawned
-    | QuestionAsked
-    | TaskStreamed
-    | TaskAwaits
+ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | TaskAwaits  # To the machine of a run.
+PastRuns = (
+    TaskStreamed
     | TaskProgressed
     | WorkerEffect
     | Answer
@@ -72,3 +67,4 @@ SchedulerEffect = (
     | ServiceNeeded
     | AcknowledgeReports
 )
+SchedulerEffect = ToRun | PastRuns

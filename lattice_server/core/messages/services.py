@@ -1,11 +1,10 @@
 """Owns the messages between services, on the main thread, and the scheduler, whose tasks need them."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Failure
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceChanged:
     """A service, by its key, is in another condition.
 
@@ -24,7 +23,7 @@ class ServiceChanged:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceNeeded:
     """So many tasks wait for a service, and so many others that need it have not ended."""
 

@@ -1,12 +1,11 @@
 """Owns the messages about signals: named values that callers send to a run, and that attempts wait for."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.model import Payload
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AwaitedSignal:
     """A signal that an attempt waits for, for `timeout_s` seconds at most."""
 
@@ -14,7 +13,7 @@ class AwaitedSignal:
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SignalReceived:
     """A caller sent value number `index`, from 0, of a signal."""
 
@@ -24,14 +23,14 @@ class SignalReceived:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SignalAwaited(AttemptMessage):
     """An attempt waits for a signal that was not sent yet."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SignalTaken(AttemptMessage):
     """An attempt got value number `index` of a signal."""
 

@@ -1,13 +1,12 @@
 """Owns the messages about the streamed output of tasks, and about how far tasks are."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.messages.workers import AttemptReport
 from lattice_server.core.model import Failure, Payload
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptStreamed(AttemptReport):
     """An attempt streams chunks. A `refusal` says why its report is invalid."""
 
@@ -15,7 +14,7 @@ class AttemptStreamed(AttemptReport):
     refusal: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptProgressed(AttemptReport):
     """An attempt says that `done` of `total` are done; None for a total that it does not know."""
 
@@ -23,14 +22,14 @@ class AttemptProgressed(AttemptReport):
     total: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskStreamed(AttemptMessage):
     """An attempt at a task streams chunks."""
 
     chunks: tuple[Payload, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskProgressed(AttemptMessage):
     """An attempt at a task says how far it is; see `AttemptProgressed`."""
 

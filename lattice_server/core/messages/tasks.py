@@ -1,16 +1,17 @@
 """Owns the messages about tasks between the orchestrator, which owns runs, and the scheduler."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from lattice_server.core.environment import NO_ENVIRONMENT, Environment
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.model import Binding, Failure, Outputs, Payload, TaskSpec
 
 Split = Mapping[str, Sequence[Payload]]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskMessage:
     """A message about one task of a run."""
 
@@ -18,7 +19,7 @@ class TaskMessage:
     task_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptMessage(TaskMessage):
     """A message about one attempt at a task."""
 
@@ -28,7 +29,7 @@ class AttemptMessage(TaskMessage):
 # From the scheduler to the orchestrator. `at` is the monotonic time of an event that the worker reported later.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskStarted(AttemptMessage):
     """An attempt started on a worker, as the member at position `item` of a lease.
 
@@ -45,7 +46,7 @@ class TaskStarted(AttemptMessage):
     sent_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskSucceeded(AttemptMessage):
     """A task succeeded after its function ran for `duration_s` seconds.
 
@@ -58,7 +59,7 @@ class TaskSucceeded(AttemptMessage):
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskRetrying(AttemptMessage):
     """An attempt failed; the next one may start after `delay_s` seconds."""
 
@@ -66,7 +67,7 @@ class TaskRetrying(AttemptMessage):
     delay_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskFailed(AttemptMessage):
     """A task failed and is not retried."""
 
@@ -74,21 +75,21 @@ class TaskFailed(AttemptMessage):
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskCancelled(AttemptMessage):
     """A task was cancelled, and no attempt at it runs any more."""
 
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskSkipped(TaskMessage):
     """A task will never start. Without a failure, a condition was not met: its own, or that of a task it needs."""
 
     failure: Failure | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskLogged(AttemptMessage):
     """A task wrote to its standard output (`is_error` false) or standard error."""
 
@@ -97,19 +98,19 @@ class TaskLogged(AttemptMessage):
     is_truncated: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskAccessedNetwork(AttemptMessage):
     """An attempt at a task connected to a server, or was refused a connection."""
 
     access: NetworkAccess
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskReturned(TaskMessage):
     """The scheduler returns a task that was to run after another one, which has ended already."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TasksSpawned(TaskMessage):
     """A running task added tasks to its run; with `is_called` it waits for them."""
 
@@ -123,7 +124,7 @@ TaskEvent = TaskStarted | TaskRetrying | TaskEnd | TaskLogged | TaskAccessedNetw
 # From the orchestrator to the scheduler.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptHistory:
     """The attempts at a task so far: their number, and how many of them failed or lost their worker."""
 
@@ -135,7 +136,7 @@ class AttemptHistory:
 NO_HISTORY = AttemptHistory()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EarlierLease:
     """A lease by which an earlier life of the server started the newest attempt at a task, as member `item`.
 
@@ -149,7 +150,7 @@ class EarlierLease:
     started_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskReady:
     """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
 
@@ -175,7 +176,7 @@ class TaskReady:
     since: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CancelRequested:
     """Tasks that the scheduler has must end."""
 

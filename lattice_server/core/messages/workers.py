@@ -1,9 +1,10 @@
 """Owns the messages from workers to the scheduler, and from the scheduler to workers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from lattice_server.core.environment import NO_ENVIRONMENT, Environment
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.messages.tasks import AttemptMessage, Split
 from lattice_server.core.model import (
@@ -19,14 +20,14 @@ from lattice_server.core.model import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SessionMessage:
     """A message of one session: from the worker that serves it, or to it."""
 
     session_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LeaseMessage(SessionMessage):
     """A message about one lease of a session."""
 
@@ -36,7 +37,7 @@ class LeaseMessage(SessionMessage):
 # From workers.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HeldLease:
     """A started lease of a worker. One that `has_ended` uses nothing; one that waits for called tasks uses no CPUs.
 
@@ -48,7 +49,7 @@ class HeldLease:
     waits: tuple[tuple[int, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class WorkerHello(NodeSpec):
     """A worker connected. It resumes a session if `session_id` names one, and holds these leases of it.
 
@@ -62,14 +63,14 @@ class WorkerHello(NodeSpec):
     held: tuple[HeldLease, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerDetached(SessionMessage):
     """A session's stream broke, or was silent for `silent_s` seconds."""
 
     silent_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerHeartbeat(SessionMessage):
     """A worker holds these leases of the assignments with numbers up to `assignment_sequence`."""
 
@@ -77,7 +78,7 @@ class WorkerHeartbeat(SessionMessage):
     assignment_sequence: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerLost:
     """A worker's process is known to have ended."""
 
@@ -85,21 +86,21 @@ class WorkerLost:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptReport(LeaseMessage):
     """A report about one attempt of a lease; `item` is its position in the batch."""
 
     item: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptStarted(AttemptReport):
     """An attempt started. `at` is an estimate in the server's monotonic time; None means now."""
 
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptSucceeded(AttemptReport):
     """An attempt succeeded after `duration_s` seconds; see `TaskSucceeded` for `split`, `AttemptStarted` for `at`."""
 
@@ -109,7 +110,7 @@ class AttemptSucceeded(AttemptReport):
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptFailed(AttemptReport):
     """An attempt failed after `duration_s` seconds; see `AttemptStarted` for `at`."""
 
@@ -118,7 +119,7 @@ class AttemptFailed(AttemptReport):
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptSpawned(AttemptReport):
     """An attempt adds tasks to its run, or calls them. A `refusal` says why its request is invalid."""
 
@@ -127,7 +128,7 @@ class AttemptSpawned(AttemptReport):
     is_called: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptLogged(AttemptReport):
     """An attempt wrote to its standard output (`is_error` false) or standard error."""
 
@@ -136,21 +137,21 @@ class AttemptLogged(AttemptReport):
     is_truncated: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptAccessedNetwork(AttemptReport):
     """An attempt connected to a server, or was refused a connection."""
 
     access: NetworkAccess
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LeaseReturned(LeaseMessage):
     """A worker returns a lease unfinished, through no fault of its tasks. Without a report of a start, none began."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReportsRead(SessionMessage):
     """Every report of a session up to a number came before this one.
 
@@ -160,7 +161,7 @@ class ReportsRead(SessionMessage):
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ArtifactsReported:
     """Reports that a worker sent before this one named these artifacts.
 
@@ -173,14 +174,14 @@ class ArtifactsReported:
 # To workers.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttemptInputs(AttemptMessage):
     """One member of a lease, and its inputs."""
 
     inputs: Mapping[str, Binding]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Assign(LeaseMessage):
     """Send a lease to a worker; `sequence` rises from 1 within a session.
 
@@ -206,17 +207,17 @@ class Assign(LeaseMessage):
     environment: Environment = NO_ENVIRONMENT
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopLease(LeaseMessage):
     """End a lease, running or not."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RevokeLease(LeaseMessage):
     """Take a lease back unless it has started."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WelcomeWorker:
     """Answer a hello; `resumed` tells whether its session continues. The artifact store adds `drop_artifact_ids`.
 
@@ -232,26 +233,26 @@ class WelcomeWorker:
     adopted_lease_ids: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AcknowledgeReports(SessionMessage):
     """Acknowledge the reports of a session up to a number, once what follows from them is durable."""
 
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DrainWorker(SessionMessage):
     """Tell a worker that it gets no further leases, and how many seconds its present ones may still run."""
 
     deadline_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForgetSession(SessionMessage):
     """A session was lost: send nothing more to it, and ignore its messages."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SendArtifact(SessionMessage):
     """Have a worker upload an artifact of its node, from a byte offset, as the transfer of this id."""
 
@@ -260,14 +261,14 @@ class SendArtifact(SessionMessage):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DropArtifact(SessionMessage):
     """Tell a worker that an artifact is no longer needed."""
 
     artifact_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CloseSession(SessionMessage):
     """End a session's stream; `reason` is the name of a `CloseReason` without its prefix."""
 

@@ -15,6 +15,7 @@ def check(status: RunStatus, table: TaskTable, dag: Dag, handover: Handover) -> 
     """Assert the invariants of a run that has started."""
     records = table.records
     assert table.counts == {state: sum(r.state is state for r in records.values()) for state in TaskState}
+    assert table.open_tasks == sum(record.state not in TASK_TERMINAL for record in records.values())
     assert status.is_terminal == (table.open_tasks == 0 and not status.is_open), "a run ends with its last task"
     assert not status.is_open or status.is_running, "a stopped run is open"
     assert records.keys() == dag.tasks.keys()

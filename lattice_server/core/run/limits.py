@@ -1,15 +1,16 @@
 """Owns the limits of the growth of a run."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lattice_server.core.errors import ExhaustedError, FieldViolation, InvalidError
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import OutputRef, Payload, TaskSpec
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import TaskState
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bounds:
     """The most tasks of a run, items of one mapped task, and levels of tasks that spawn tasks."""
 

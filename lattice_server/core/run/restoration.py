@@ -67,7 +67,8 @@ class _Attempts:
 class Restoration:
     """The restoration of one run that was made from its definition and has not started.
 
-    `apply` takes its facts in order, then `resume` continues the run. Times are monotonic seconds.
+    `apply` takes its facts in order, then `resume` continues the run. Times are monotonic seconds. No transition of a
+    state is checked: the steps before one may have had no fact.
     """
 
     _status: RunStatus
@@ -193,7 +194,7 @@ class Restoration:
         return record
 
     def _start(self, record: TaskRecord, fact: TaskStarted, at: float) -> None:
-        self._move(record, TaskState.RUNNING)
+        self._table.place(record, TaskState.RUNNING)
         record.attempt, record.node_id, record.started_at = fact.attempt, fact.node_id, at
         if record.first_started_at is None:
             record.first_started_at = at
@@ -203,7 +204,7 @@ class Restoration:
         attempts.lease = EarlierLease(fact.lease_id, fact.item, *where, at) if fact.lease_id else None
 
     def _retry(self, record: TaskRecord, fact: TaskRetrying) -> None:
-        self._move(record, TaskState.QUEUED)
+        self._table.place(record, TaskState.QUEUED)
         record.attempt, record.failure = fact.attempt, fact.failure
         attempts = self._attempts.setdefault(fact.task_id, _Attempts())
         attempts.newest = max(attempts.newest, fact.attempt)
@@ -218,7 +219,7 @@ class Restoration:
         at: float,
         queued_s: float | None,
     ) -> None:
-        self._move(record, ENDED_AS[type(fact)])
+        self._table.place(record, ENDED_AS[type(fact)])
         record.ended_at = at
         if queued_s is not None and record.first_started_at is not None:
             record.queued_at = record.first_started_at - queued_s
@@ -264,14 +265,7 @@ class Restoration:
             self._table.add(TaskRecord(spec, missing=0, item_of=record.spec.task_id, depth=record.depth))
             record.items.append(spec.task_id)
         record.open_items = len(record.items)
-        self._move(record, TaskState.RUNNING)
-
-    def _move(self, record: TaskRecord, state: TaskState) -> None:
-        """Set a state; the steps before it may have had no fact, so no transition is checked."""
-        counts = self._table.counts
-        counts[record.state] -= 1
-        counts[state] += 1
-        record.state = state
+        self._table.place(record, TaskState.RUNNING)
 
     def _become(self, state: RunState) -> None:
         self._status.state = state

@@ -1,4 +1,4 @@
-"""Owns the records of a run's tasks. Rule: a state changes only by `TaskTable.move`, which keeps the counts."""
+"""Owns the records of a run's tasks. Rule: a state changes only here, with the counts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from lattice_server.core.messages import Split
 from lattice_server.core.model import Failure, Outputs, TaskSpec
 from lattice_server.core.run.dag import Dag
-from lattice_server.core.states import TASK_TRANSITIONS, TaskState, transition
+from lattice_server.core.states import TASK_TERMINAL, TASK_TRANSITIONS, TaskState, transition
 from lattice_server.core.steps import Steps, stepwise
 
 
@@ -64,35 +64,39 @@ WITH_SCHEDULER = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 
 @dataclass(slots=True, eq=False)
 class TaskTable:
-    """The tasks of one run by id, and how many are in each state. `roots` are the tasks that depend on no other."""
+    """The tasks of one run by id, and how many are in each state. `roots` are the tasks that depend on no other.
+
+    `open_tasks` is how many have not ended.
+    """
 
     run_id: str
     records: dict[str, TaskRecord] = field(default_factory=dict)
     counts: dict[TaskState, int] = field(default_factory=lambda: dict.fromkeys(TaskState, 0))
     roots: list[str] = field(default_factory=list)
+    open_tasks: int = 0
 
     def add(self, record: TaskRecord) -> None:
         """Add a task."""
         self.records[record.spec.task_id] = record
         self.counts[record.state] += 1
+        self.open_tasks += record.state not in TASK_TERMINAL
 
     def extend(self, records: Mapping[str, TaskRecord]) -> None:
         """Add many tasks that are blocked."""
         self.records.update(records)
         self.counts[TaskState.BLOCKED] += len(records)
+        self.open_tasks += len(records)
 
     def move(self, record: TaskRecord, state: TaskState) -> None:
         """Change a task's state. Raises InvalidTransition."""
-        old = record.state
-        record.state = transition("task", record.spec.task_id, old, state, TASK_TRANSITIONS)
+        self.place(record, transition("task", record.spec.task_id, record.state, state, TASK_TRANSITIONS))
+
+    def place(self, record: TaskRecord, state: TaskState) -> None:
+        """Set a task's state, whatever the one before."""
+        old, record.state = record.state, state
         self.counts[old] -= 1
         self.counts[state] += 1
-
-    @property
-    def open_tasks(self) -> int:
-        """How many tasks have not ended."""
-        counts = self.counts
-        return counts[TaskState.BLOCKED] + counts[TaskState.QUEUED] + counts[TaskState.RUNNING]
+        self.open_tasks += (state not in TASK_TERMINAL) - (old not in TASK_TERMINAL)
 
 
 def tabulating(run_id: str, dag: Dag) -> Steps[TaskTable]:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import BatchPolicy
+from lattice_server.core.symbol import Symbol
 
 
-class NameMatch(Enum):
+class NameMatch(Symbol):
     """How a rule's pattern is compared with a task's name."""
 
     EXACT = "exact"
@@ -16,7 +17,7 @@ class NameMatch(Enum):
     REGEX = "regex"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BatchRule:
     """A size and a wait that replace those of batched tasks whose name the pattern fits."""
 

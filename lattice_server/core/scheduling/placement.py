@@ -1,8 +1,9 @@
 """Owns whether a task may start on a node. Rule: pure functions of its needs, free resources and reservations."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Isolation, NodeSpec, Resources, TaskSpec
 from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
@@ -11,13 +12,13 @@ NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 PYTHON = re.compile(f"{NAME}:{NAME}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shape:
     """The needs of a task that placement considers; tasks of one shape are interchangeable to it.
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
     lease of this shape is the only one on its node, and `is_service` that it does not end by itself. `network` are the
-    servers that its sandbox may connect to. `nodes` are those that reach the services it needs; None for all.
+    servers that its sandbox may connect to. `nodes` are the nodes that reach the services it needs; None for all.
     """
 
     resources: Resources

@@ -63,6 +63,7 @@ from lattice_server.core.trust import stamped
 
 Told = AttemptLogged | AttemptAccessedNetwork | AttemptStreamed | AttemptProgressed
 PassedOn = Told | AttemptSpawned | AttemptAsked
+PlacesNothing = Told | WorkerHeartbeat
 
 
 class Scheduler:
@@ -146,7 +147,7 @@ class Scheduler:
 
     def take(self, event: SchedulerEvent, now: float) -> None:
         """Take one event; its effects come with the next `tick`."""
-        if not isinstance(event, Told | WorkerHeartbeat):
+        if not isinstance(event, PlacesNothing):
             self._waits.note_change()
         match event:
             case AttemptSucceeded():

@@ -1,8 +1,8 @@
 """Owns why a task cannot start on a node. Rule: a node runs a task exactly when it has no shortage for it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import NodeSpec, Resources
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 from lattice_server.core.scheduling.placement import Shape, has_code, has_runtime, isolates
@@ -11,7 +11,7 @@ from lattice_server.core.states import NodeState, SessionState
 UNITS = {20: "MiB", 30: "GiB", 40: "TiB"}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shortage:
     """Why a node cannot start a task: a resource it is short of, with amounts in its unit, or a fact about the node."""
 

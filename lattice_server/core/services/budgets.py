@@ -4,6 +4,9 @@ A request counts from when it is permitted until a window after its first byte c
 some moment in between, so that it cannot have counted more than its limit in any window, however it counts. Its tokens
 are estimated first, and replaced by those that the answer reports.
 
+A provider that says how much is left tells how much others use: what it counts more than this machine does is held
+until it is free again, for a window at most.
+
 Rule: among tenants that wait, the one that used least goes next, and a request is never passed by a smaller one.
 """
 
@@ -12,11 +15,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lattice_server.core.frozen import frozen
+
 MINUTE_S = 60.0
 MAX_BACKOFF_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """The limits of one model; None for no limit. Those of a minute are counted over `window_s` seconds."""
 
@@ -79,7 +84,7 @@ class Request:
     expires_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Use:
     """The use of a budget at one moment; `blocked_s` is for how much longer its provider wants no requests."""
 
@@ -90,6 +95,42 @@ class Use:
     blocked_s: float
     permitted: int
     refused: int
+
+
+@frozen
+class Left:
+    """How much a provider says is left of one limit, and after how many seconds it will be whole again."""
+
+    amount: int
+    reset_s: float
+
+
+class Elsewhere:
+    """The use of one limit by others: the most that its provider has told, each until its reset.
+
+    An answer tells less of it than there is when requests on their way were counted here and not there.
+    """
+
+    def __init__(self) -> None:
+        self._told: list[tuple[float, int]] = []  # Until when, and how much.
+
+    def add(self, amount: int, until: float) -> None:
+        """Take what the provider told with an answer."""
+        if amount > 0:
+            self._told = [one for one in self._told if one[0] > until or one[1] > amount]
+            self._told.append((until, amount))
+
+    def at(self, now: float) -> int:
+        """Return what is held at a time."""
+        return max((amount for until, amount in self._told if until > now), default=0)
+
+    def ends(self, now: float) -> list[float]:
+        """Return the times after `now` at which less may be held."""
+        return [until for until, _ in self._told if until > now]
+
+    def forget(self, now: float) -> None:
+        """Forget what is over."""
+        self._told = [one for one in self._told if one[0] > now]
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +153,7 @@ class Budget:
         self._count = self._tokens = 0  # Of all that count.
         self._blocked_until = float("-inf")
         self._refusals = 0  # In a row, without a time.
+        self._requests_elsewhere, self._tokens_elsewhere = Elsewhere(), Elsewhere()
         self.permitted = self.refused = 0
 
     def limit(self, limits: Limits, now: float) -> list[Request]:
@@ -134,6 +176,18 @@ class Budget:
         if (request := self._requests.get(name)) is not None:
             self._note_answered(request, at)
             self._refusals = 0
+        return self.tick(now)
+
+    def told(self, requests: Left | None, tokens: Left | None, now: float) -> list[Request]:
+        """Take what a provider says is left of its limits, each if it says so."""
+        limits = self.limits
+        for left, limit, counted, elsewhere in (
+            (requests, limits.requests, self._count, self._requests_elsewhere),
+            (tokens, limits.tokens, self._tokens, self._tokens_elsewhere),
+        ):
+            if left is not None and limit is not None:
+                # The provider has counted no more of these requests: a key without other users is never slowed down.
+                elsewhere.add(limit - counted - left.amount, now + min(left.reset_s, limits.window_s))
         return self.tick(now)
 
     def end(self, name: str, now: float, *, tokens: int | None = None) -> list[Request]:
@@ -176,6 +230,8 @@ class Budget:
             request = heapq.heappop(self._expiring)[2]
             self._count -= 1
             self._tokens -= request.tokens
+        self._requests_elsewhere.forget(now)
+        self._tokens_elsewhere.forget(now)
         permitted = []
         while (head := self._head()) is not None and self._fits(head, now):
             tenant = self._tenants[head.tenant]
@@ -196,7 +252,8 @@ class Budget:
             return None
         if self._blocked_until > now:
             return self._blocked_until
-        return self._expiring[0][0] if self._expiring else None
+        found = [at for one in (self._requests_elsewhere, self._tokens_elsewhere) for at in one.ends(now)]
+        return min([*found, *(at for at, *_ in self._expiring[:1])], default=None)
 
     def use(self, now: float) -> Use:
         """Return the use at a moment after the last step."""
@@ -244,10 +301,12 @@ class Budget:
             return False
         if limits.concurrency is not None and len(self._requests) >= limits.concurrency:
             return False
-        if limits.requests is not None and self._count >= limits.requests:
+        if limits.requests is not None and self._count + self._requests_elsewhere.at(now) >= limits.requests:
             return False
+        tokens = self._tokens + self._tokens_elsewhere.at(now)
         # One that is alone is permitted: its limit may have been lowered since it was asked for.
-        return limits.tokens is None or not self._count or self._tokens + request.tokens <= limits.tokens
+        is_alone = not self._count and tokens == self._tokens
+        return limits.tokens is None or is_alone or tokens + request.tokens <= limits.tokens
 
     def _share(self, tokens: int, requests: int) -> float:
         """Return the share of the limits that requests take; of a budget without any, their number."""

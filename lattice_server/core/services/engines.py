@@ -5,8 +5,9 @@ Arguments of a process are readable by every user of its machine.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Resources
 
 VLLM, TRANSFORMERS, OPENAI = "vllm", "transformers", "openai"
@@ -14,7 +15,7 @@ VLLM, TRANSFORMERS, OPENAI = "vllm", "transformers", "openai"
 KEY_VARIABLE = "VLLM_API_KEY"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Engine:
     """How an engine is started and checked. `concurrency` is how many requests it serves at once; None for many."""
 

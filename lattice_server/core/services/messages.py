@@ -1,18 +1,17 @@
 """Owns the messages between the machine of a service and the engine. Rule: an event is a fact, an effect a command."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.services.model import ServiceFailure, ServiceSpec
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Defined:
     """The service has another definition."""
 
     spec: ServiceSpec
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Scaled:
     """A caller changed how many instances there are."""
 
@@ -20,12 +19,12 @@ class Scaled:
     max_replicas: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stopped:
     """A caller stopped the service."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UseChanged:
     """So many tasks and calls wait for the service, and so many running tasks have its address."""
 
@@ -33,14 +32,14 @@ class UseChanged:
     users: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NodesChanged:
     """These nodes accept leases; instances on others have to leave."""
 
     node_ids: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InstanceStarted:
     """The program of an instance was started on a node."""
 
@@ -49,7 +48,7 @@ class InstanceStarted:
     node_ip: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InstanceReady:
     """The checks of an instance succeed; it listens at `endpoint`."""
 
@@ -57,7 +56,7 @@ class InstanceReady:
     endpoint: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InstanceUnhealthy:
     """The checks of an instance fail, `failures` times in a row so far."""
 
@@ -66,7 +65,7 @@ class InstanceUnhealthy:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LoadReported:
     """An instance serves so many requests."""
 
@@ -74,7 +73,7 @@ class LoadReported:
     in_flight: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InstanceEnded:
     """The processes of an instance are gone. Without a failure it ended since it was asked to, or by success."""
 
@@ -96,14 +95,14 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartInstance:
     """Queue a lease for a new instance."""
 
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopInstance:
     """End the processes of an instance: SIGTERM, and SIGKILL after `grace_s` seconds."""
 
@@ -111,19 +110,19 @@ class StopInstance:
     grace_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CancelInstance:
     """Give up the lease of an instance that has no processes yet."""
 
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RoutesChanged:
     """Other instances than before take requests."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceGone:
     """The service was stopped, and its last instance has ended."""
 

@@ -1,21 +1,22 @@
 """Owns the data types of services and the states of instances. Rule: all are frozen, none decides."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import DEFAULT_RESOURCES, Resources
 from lattice_server.core.services.budgets import Limits
+from lattice_server.core.symbol import Symbol
 
 
-class Reach(Enum):
+class Reach(Symbol):
     """Who reaches an instance."""
 
     NODE = "node"  # Processes on its node.
     CLUSTER = "cluster"  # Whoever reaches its node.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HealthCheck:
     """How an instance is checked: an HTTP path, or without one a connection to its port."""
 
@@ -25,7 +26,7 @@ class HealthCheck:
     failures: int = 3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceSpec:
     """The definition of a service.
 
@@ -61,7 +62,7 @@ class ServiceSpec:
     budget: Limits | None = None
 
 
-class FailureKind(Enum):
+class FailureKind(Symbol):
     """The class of the failure of an instance."""
 
     COMMAND_NOT_FOUND = "command_not_found"
@@ -97,7 +98,7 @@ PERMANENT = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceFailure:
     """Why an instance ended, with the last lines of its program."""
 
@@ -108,7 +109,7 @@ class ServiceFailure:
     last_lines: tuple[str, ...] = ()
 
 
-class InstanceState(Enum):
+class InstanceState(Symbol):
     """The state of an instance."""
 
     QUEUED = "queued"  # Waits for a lease.
@@ -143,7 +144,7 @@ INSTANCE_TRANSITIONS: Mapping[InstanceState, Set[InstanceState]] = {
 WANTED_STATES = frozenset({InstanceState.QUEUED, InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY})
 
 
-class ServiceState(Enum):
+class ServiceState(Symbol):
     """The state of a service, which follows from its instances."""
 
     STARTING = "starting"  # No instance is ready yet.

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from lattice_server.core.messages import AnswerQuestion, QuestionAsked
-from lattice_server.core.services.budgets import Budget, Limits, Request
+from lattice_server.core.services.budgets import Budget, Left, Limits, Request
 from lattice_server.core.services.model import ServiceSpec
 from lattice_server.core.tenancy import SEPARATOR, key_of
 from lattice_server.engine.services import answers
@@ -80,6 +80,10 @@ class Budgets:
             if (found := self._find(run, name)) is not None:
                 key, budget, full = found
                 self._tell(key, budget.answered(full, now - float(ago_s), now))
+        for name, told in content.get("told", ()):
+            if (found := self._find(run, name)) is not None:
+                key, budget, _ = found
+                self._tell(key, budget.told(_left(told.get("requests")), _left(told.get("tokens")), now))
         for name, tokens in content.get("ended", ()):
             if (found := self._find(run, name, is_last=True)) is not None:
                 key, budget, full = found
@@ -151,6 +155,10 @@ class Budgets:
             question, gateway.question = gateway.question, None
             permitted, gateway.permitted = gateway.permitted, []
             self._answer(answers.answered(question, {"permitted": permitted}))
+
+
+def _left(told: list[float] | None) -> Left | None:
+    return None if told is None else Left(int(told[0]), float(told[1]))
 
 
 def of_route(spec: ServiceSpec) -> Mapping[str, Any]:

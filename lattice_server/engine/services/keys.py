@@ -5,14 +5,14 @@ A key is random and means nothing by itself; only a gateway that asks the server
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.services.entry import Use
 
 PREFIX = "lk-"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Grant:
     """The grant of a key: requests to one service of a tenant."""
 
@@ -40,9 +40,10 @@ class Keys:
             self._grants[key] = Grant(tenant, service, use, node_id)
         return of_use[service]
 
-    def find(self, key: str) -> Grant | None:
-        """Return the grant of a key; None when the key is not valid."""
-        return self._grants.get(key)
+    def find(self, key: str, node_id: str | None) -> Grant | None:
+        """Return the grant of a key that a request from a node has; None when it is not valid, or not there."""
+        grant = self._grants.get(key)
+        return None if grant is None or grant.node_id != node_id else grant
 
     def nodes(self) -> set[str]:
         """Return the nodes of the attempts that have keys."""

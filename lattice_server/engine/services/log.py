@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from lattice_server.core.frozen import frozen
 
 MAX_LINES = 5000
 MAX_BYTES = 4 * 1024 * 1024
@@ -11,7 +12,7 @@ MAX_LINE_BYTES = 16 * 1024
 SEARCHED_LINES = 400
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LogLine:
     """One line; `time_s` is seconds since the epoch."""
 

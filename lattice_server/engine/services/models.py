@@ -31,12 +31,14 @@ class Models:
         services: Callable[[], Iterable[ServiceEntry]],
         on_ready: Callable[[], None],
         observers: Sequence[ServiceObserver],
+        interface: str,
     ) -> None:
         self._orchestrator = orchestrator
         self._services = services
         self._keys = Keys()
         self._budgets = Budgets(orchestrator.answer)
-        self._gateways = Gateways(orchestrator, function, self._routes, on_ready, self._budgets.lose, observers)
+        lose = self._budgets.lose
+        self._gateways = Gateways(orchestrator, function, self._routes, on_ready, lose, observers, interface)
         self._nodes: frozenset[str] = frozenset()
 
     def serve(self, question: QuestionAsked) -> bool:
@@ -48,13 +50,19 @@ class Models:
         elif question.name == answers.GATEWAY_PERMITS:
             self._budgets.wait(question)
         elif question.name == answers.GATEWAY_KEY:
-            grant = self._keys.find(str(answers.content_of(question).get("key", "")))
-            is_here = grant is not None and grant.node_id == self._gateways.node_of(question)
-            value = {"service": key_of(grant.service, grant.tenant)} if grant is not None and is_here else {}
-            self._orchestrator.answer(answers.answered(question, value))
+            self._tell_key(question)
         else:
             self._gateways.serve(question)
         return True
+
+    def _tell_key(self, question: QuestionAsked) -> None:
+        """Tell a gateway what a key is for, if the attempt is on its node, or on that of the gateway that passed it."""
+        content = answers.content_of(question)
+        passed_by = str(content.get("gateway", ""))
+        node_id = self._gateways.node_named(passed_by) if passed_by else self._gateways.node_of(question)
+        grant = self._keys.find(str(content.get("key", "")), node_id)
+        value = {} if grant is None else {"service": key_of(grant.service, grant.tenant)}
+        self._orchestrator.answer(answers.answered(question, value))
 
     def waits(self, question: QuestionAsked) -> bool:
         """Whether a gateway asks to wait for a service."""
@@ -64,6 +72,7 @@ class Models:
         """Give a task the address of the gateway of its node, and a key; False while the gateway starts."""
         endpoint = self._gateways.endpoint(node_id)
         if endpoint is None:
+            self._cover()
             return False
         key = self._keys.issue(entry.tenant, entry.name, use, node_id)
         value = {"base_url": f"http://{endpoint}/v1", "api_key": key, "model": entry.name}
@@ -73,7 +82,9 @@ class Models:
     def update(self) -> None:
         """Take the definitions of models, and tell the gateways that other instances take requests."""
         self._budgets.define(self._services())
+        self._cover()
         self._gateways.update()
+        self._leave()
 
     def forget(self) -> None:
         """End the gateways, which hold a slot of their nodes each, when the last model is gone and no attempt left."""
@@ -90,9 +101,21 @@ class Models:
         self._nodes = frozenset(node.node_id for node in nodes)
         self._leave()
 
+    def _cover(self) -> None:
+        """Start gateways on the nodes of instances, once tasks of other nodes use models."""
+        using = set(self._gateways.nodes())
+        for node_id in self._hosts():
+            if using - {node_id}:
+                self._gateways.endpoint(node_id)
+
+    def _hosts(self) -> set[str]:
+        """Return the nodes that have instances of models."""
+        machines = (entry.machine for entry in self._services() if entry.machine.spec.engine)
+        return {one.node_id for machine in machines for one in machine.instances.values() if one.node_id}
+
     def _leave(self) -> None:
         has_models = any(entry.machine.spec.engine for entry in self._services())
-        wanted = self._nodes if has_models else frozenset()
+        wanted = self._nodes | self._hosts() if has_models else frozenset[str]()
         self._gateways.leave(self._gateways.nodes() - wanted - self._keys.nodes())
 
     def _routes(self, node_id: str) -> Mapping[str, Any]:
@@ -104,16 +127,19 @@ class Models:
                     "model": spec.model,
                     "key": spec.api_key,
                     "replicas": {entry.name: spec.base_url},
-                    "is_away": False,
                     **of_route(spec),
                 }
             elif spec.engine:
-                replicas = reachable(entry.machine.ready, node_id)
+                ready = entry.machine.ready
+                others = {
+                    one.instance_id: self._gateways.remote(one.node_id) for one in ready if one.node_id != node_id
+                }
                 found[key_of(entry.name, entry.tenant)] = {
                     "model": spec.model,
                     "key": spec.environment.get(KEY_VARIABLE, ""),
-                    "replicas": {one.instance_id: one.endpoint for one in replicas},
-                    "is_away": bool(entry.machine.ready) and not replicas,
+                    "replicas": {one.instance_id: one.endpoint for one in ready if one.node_id == node_id},
+                    "remote": {name: where for name, where in others.items() if where is not None},
+                    "is_away": bool(ready) and all(self._gateways.is_unreachable(one.node_id) for one in ready),
                     **of_route(spec),
                 }
         return found

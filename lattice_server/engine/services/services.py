@@ -5,6 +5,7 @@ Rule: a service is found by its name within its tenant; a task reaches the servi
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -37,11 +38,13 @@ MAX_SERVICES = 1000  # Of one tenant.
 SETTLED = frozenset({ServiceState.READY, ServiceState.DEGRADED, ServiceState.FAILED, ServiceState.STOPPING})
 AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
 
+log = logging.getLogger(__name__)
+
 
 class Services:
     """The services. `function` is the function of an instance's task, `gateway` the function of a gateway's task.
 
-    `post` sends events to the scheduler.
+    `post` sends events to the scheduler. `interface` is the address of this machine for other machines.
     """
 
     def __init__(
@@ -50,18 +53,20 @@ class Services:
         function: Function,
         gateway: Function,
         post: Callable[[Sequence[SchedulerEvent]], None],
+        interface: str,
     ) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self.observers: list[ServiceObserver] = []
         self._driver = ServiceDriver(orchestrator, function, self.observers)
-        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all, self.observers)
+        services = self._services.values
+        self._models = Models(orchestrator, gateway, services, self._answer_all, self.observers, interface)
         self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
         self._addresses = Addresses(orchestrator, self._models)
         self._needs = TaskNeeds(post)
         self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
-        orchestrator.on_question = self._ask
+        orchestrator.events.on_question = self._ask
         orchestrator.on_nodes = self._know_nodes
         orchestrator.on_needed = lambda needed: asyncio.get_running_loop().call_soon(self._note_needed, needed)
         orchestrator.requirements.has_service = lambda name, tenant: self.find(name, Reach(tenant)) is not None
@@ -156,6 +161,18 @@ class Services:
         return True
 
     def _take_question(self, run: RunEntry, question: QuestionAsked) -> None:
+        """Take a question of an instance, a gateway or a task; one whose value cannot be read is refused."""
+        try:
+            self._serve(run, question)
+        except answers.QuestionFormError as error:
+            self._orchestrator.answer(answers.refused(question, "QuestionError", str(error)))
+        except Exception:
+            # Its value has another form than the parts of it should have; an answer ends the wait for one.
+            log.exception("a question named %s was not understood", question.name)
+            text = f"the server did not understand the value of {question.name}"
+            self._orchestrator.answer(answers.refused(question, "QuestionError", text))
+
+    def _serve(self, run: RunEntry, question: QuestionAsked) -> None:
         if self._driver.serve(question) or self._models.serve(question):
             return
         content = answers.content_of(question)

@@ -50,7 +50,8 @@ class TaskNeeds:
 def _condition(entry: ServiceEntry) -> ServiceChanged:
     machine, key = entry.machine, key_of(entry.name, entry.tenant)
     if machine.takes_requests:
-        is_near = not machine.spec.base_url and machine.spec.reach is Reach.NODE
+        # A model is reached by gateways from every node.
+        is_near = not machine.spec.engine and machine.spec.reach is Reach.NODE
         nodes = frozenset(instance.node_id for instance in machine.ready) if is_near else None
         return ServiceChanged(key, is_ready=True, nodes=nodes)
     if machine.state is ServiceState.FAILED and machine.starts.given_up is not None:

@@ -1492,19 +1492,43 @@ class RetryRunRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class SecretsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     RUN_ID_FIELD_NUMBER: builtins.int
     NEW_RUN_ID_FIELD_NUMBER: builtins.int
+    SECRETS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run to retry."""
     new_run_id: builtins.str
     """Names the new run and makes the call idempotent; the server picks one when empty."""
+    @property
+    def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Values of secrets that tasks name; see `RunWorkflowRequest.secrets`. Those of the old run ended with it. The call is
+        refused with INVALID_ARGUMENT when a task that did not succeed names a secret that neither these nor the server have.
+        """
+
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
         new_run_id: builtins.str = ...,
+        secrets: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["new_run_id", b"new_run_id", "run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["new_run_id", b"new_run_id", "run_id", b"run_id", "secrets", b"secrets"]) -> None: ...
 
 Global___RetryRunRequest: typing_extensions.TypeAlias = RetryRunRequest
 

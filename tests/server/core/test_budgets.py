@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lattice_server.core.services.budgets import Budget, Limits, Request
+from lattice_server.core.services.budgets import Budget, Left, Limits, Request
 from tests.examples import share
 
 WINDOW_S = 60.0
@@ -96,7 +96,7 @@ def test_refusals_without_a_time_wait_longer_each_time_until_an_answer_comes() -
     assert budget.use(now).blocked_s == 1.0
 
 
-def test_requests_of_a_lost_gateway_count_for_a_window_and_its_waiting_ones_are_dropped() -> None:
+def test_lost_gateway_has_its_requests_counted_for_a_window_and_its_queue_dropped() -> None:
     budget = Budget(Limits(requests_per_minute=2, concurrency=1))
     requests = request("a", holder="x"), request("b", holder="x"), request("c", holder="y")
     assert ask_all(budget, *requests) == ["a"]
@@ -223,6 +223,77 @@ def test_no_provider_refuses_a_request_and_nearly_all_of_its_limit_is_used(
     assert ended <= (wanted / limit - 1) * (WINDOW_S + 2 * latency_s) + 2 * latency_s
 
 
+def test_use_of_a_key_elsewhere_is_held_until_its_provider_is_free_again() -> None:
+    budget = Budget(Limits(requests_per_minute=10, tokens_per_minute=100))
+    assert ask_all(budget, request("a", tokens=10)) == ["a"]
+    budget.answered("a", 1.0, 1.0)
+    # Of 10 requests the provider has counted 8, one of which is ours; of 100 tokens 50, 10 of which are ours.
+    assert budget.told(Left(2, 30.0), Left(50, 20.0), 1.0) == []
+    assert ask_all(budget, *(request(name, tokens=20) for name in "bcde"), now=2.0) == ["b", "c"]
+    assert budget.next_deadline(2.0) == 21.0
+    assert budget.tick(30.9) == []
+    assert names(budget.tick(31.0)) == ["d", "e"]
+    # A reset of a day is held for a window, and a limit that there is not is not held.
+    budget = Budget(Limits(requests_per_minute=10))
+    budget.told(Left(0, 86400.0), Left(0, 86400.0), 0.0)
+    assert ask_all(budget, request("f")) == []
+    assert budget.next_deadline(0.0) == 60.0
+    # An answer that was counted before others were tells less.
+    assert budget.told(Left(8, 70.0), None, 1.0) == []
+    assert names(budget.tick(60.0)) == ["f"]
+    assert ask_all(budget, *(request(str(number)) for number in range(9)), now=60.5) == [*"0123456"]
+    assert names(budget.tick(61.0)) == ["7", "8"]
+
+
+@given(
+    limit=st.integers(1, 20),
+    others=st.integers(0, 20),
+    known=st.integers(0, 20),
+    reset_s=st.floats(0.5, 59),
+)
+def test_no_more_is_permitted_before_the_reset_than_a_provider_says_is_left(
+    limit: int, others: int, known: int, reset_s: float
+) -> None:
+    budget, others = Budget(Limits(requests_per_minute=limit)), min(others, limit)
+    ours = ask_all(budget, *(request(f"a{number}") for number in range(min(known, limit - others))))
+    for name in ours:
+        budget.answered(name, 0.0, 0.0)
+        budget.end(name, 0.0)
+    left = limit - others - len(ours)
+    budget.told(Left(left, reset_s), None, 0.0)
+    later = ask_all(budget, *(request(f"b{number}") for number in range(2 * limit)), now=reset_s / 2)
+    assert len(later) == left
+    assert len(names(budget.tick(reset_s))) == others
+
+
+@given(
+    st.integers(1, 10), st.lists(st.tuples(st.sampled_from(["ask", "answer", "end"]), st.integers(0, 20)), max_size=40)
+)
+def test_key_that_is_used_here_only_is_not_slowed_down_by_what_its_provider_tells(
+    limit: int, steps: list[tuple[str, int]]
+) -> None:
+    """The provider counts a request at some time from its permit to its first byte: of those in flight, any number."""
+    plain, told = (Budget(Limits(requests_per_minute=limit)) for _ in range(2))
+    now, number, flying, answered = 0.0, 0, list[str](), list[str]()
+    for what, amount in steps:
+        now += 1.0
+        if what == "ask":
+            number += 1
+            found = [ask_all(budget, request(str(number)), now=now) for budget in (plain, told)]
+        elif what == "answer" and flying:
+            answered.append(flying.pop(0))
+            found = [names(budget.answered(answered[-1], now, now)) for budget in (plain, told)]
+            counted = min(limit, len(answered) + min(amount, len(flying)))
+            found[1] += names(told.told(Left(limit - counted, 60.0), None, now))
+        elif what == "end" and answered:
+            found = [names(budget.end(answered[-1], now)) for budget in (plain, told)]
+        else:
+            continue
+        assert found[0] == found[1]
+        flying += found[0]
+        told.check()
+
+
 class Histories(RuleBasedStateMachine):
     """Reports of gateways in any order, sensible or not."""
 
@@ -272,6 +343,10 @@ class Histories(RuleBasedStateMachine):
         permitted = self.budget.refuse(name, wait, self.now)
         self.blocked_until = max(self.blocked_until, self.now + self.budget.use(self.now).blocked_s)
         self.take(permitted)
+
+    @rule(left=st.integers(0, 5), tokens=st.integers(0, 40), reset_s=st.floats(0, 100))
+    def told(self, left: int, tokens: int, reset_s: float) -> None:
+        self.take(self.budget.told(Left(left, reset_s), Left(tokens, reset_s), self.now))
 
     @rule(holder=st.sampled_from("gh"))
     def lose(self, holder: str) -> None:

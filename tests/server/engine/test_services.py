@@ -36,7 +36,10 @@ def test_key_is_valid_until_its_attempt_ends() -> None:
     assert keys.issue("t", "tiny", FIRST, "n") == key
     other = keys.issue("t", "tiny", SECOND, "n")
     assert other != key
-    assert keys.find(key) == Grant("t", "tiny", FIRST, "n")
+    assert keys.find(key, "n") == Grant("t", "tiny", FIRST, "n")
+    # A gateway of another node, and one that the server does not know.
+    assert keys.find(key, "m") is None
+    assert keys.find(key, None) is None
     assert keys.revoke([FIRST]) == [key]
-    assert (keys.find(key), len(keys), keys.nodes()) == (None, 1, {"n"})
+    assert (keys.find(key, "n"), len(keys), keys.nodes()) == (None, 1, {"n"})
     assert keys.revoke([FIRST]) == []

@@ -1,0 +1,70 @@
+"""How a gateway calls engines: the connections, and what of a request and an answer is passed on."""
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from lattice_worker.gateway.identity import keep_alive
+from lattice_worker.gateway.routing import Route
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+CONNECT_S = 5.0
+# Of a request that is passed on, and of an answer.
+PASSED = ("accept", "x-request-id", "user-agent")
+RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
+INSTANCE_HEADER = "x-lattice-instance"
+REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
+
+
+def session() -> aiohttp.ClientSession:
+    """Return what makes requests to engines, providers and other gateways."""
+    # A connection for each request: an instance counts its open connections as requests.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_socket)
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
+    # Answers are read on their way, and passed on without the header that would say how they are packed.
+    headers = {"accept-encoding": "identity"}
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, auto_decompress=False)
+
+
+def _socket(address: Any) -> socket.socket:
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setblocking(False)
+    keep_alive(made)
+    return made
+
+
+def passed(headers: Mapping[str, str], route: Route) -> dict[str, str]:
+    """Return the headers of a request to an engine. The caller's key stays here."""
+    found = {name: headers[name] for name in PASSED if name in headers}
+    return found | ({"authorization": f"Bearer {route.key}"} if route.key else {})
+
+
+def returned(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return those headers of an answer that its caller gets."""
+    return {name: headers[name] for name in RETURNED if name in headers}
+
+
+class OpenRequests:
+    """The requests that are being answered, by the key of their caller. Rule: they end with the key."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, set[asyncio.Task[Any]]] = {}
+
+    def add(self, key: str, task: asyncio.Task[Any]) -> None:
+        """Add one, until it has ended."""
+        self._open.setdefault(key, set()).add(task)
+        task.add_done_callback(lambda _: self._discard(key, task))
+
+    def end(self, key: str) -> None:
+        """End those of a key."""
+        for task in self._open.get(key, ()):
+            task.cancel()
+
+    def _discard(self, key: str, task: asyncio.Task[Any]) -> None:
+        self._open[key].discard(task)
+        if not self._open[key]:
+            del self._open[key]

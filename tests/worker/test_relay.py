@@ -1,0 +1,216 @@
+"""Two gateways with certificates of a real authority: what passes between them, and what does not."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from lattice_server.engine.services.authority import Authority
+from lattice_worker.gateway.identity import Identity
+from lattice_worker.gateway.permits import Permits
+from lattice_worker.gateway.proxy import Proxy
+from lattice_worker.gateway.relay import Relay
+from lattice_worker.gateway.routing import Routing
+from tests.worker.test_gateway import BODY, SERVICE, Engine, echo, word
+
+NEAR, FAR = "gateway-near", "gateway-far"
+AUTHORITY = Authority()
+
+
+def identity(name: str, authority: Authority = AUTHORITY) -> Identity:
+    made = Identity()
+    made.take(authority.sign(made.request, name), authority.certificate)
+    return made
+
+
+class Pair:
+    """The gateway of a task's node, and that of the node with the instance `far-1`."""
+
+    def __init__(self) -> None:
+        self.passed_by: list[tuple[str, str]] = []
+        self.waits = 0
+        self.near, self.far = Routing(), Routing()
+        self.proxy = Proxy(self.near, self._service_of, self._wait, Permits(self._ask))
+        self.proxy.to_gateways = identity(NEAR).context(is_server=False)
+        self.relay = Relay(self.far, self._passed_on)
+        self.runners: list[web.AppRunner] = []
+
+    async def _service_of(self, key: str) -> str | None:
+        return SERVICE if key == "key" else None
+
+    async def _passed_on(self, key: str, gateway: str) -> str | None:
+        self.passed_by.append((key, gateway))
+        return SERVICE if (key, gateway) == ("key", NEAR) else None
+
+    async def _ask(self, name: str, value: object = None) -> None:
+        raise AssertionError(f"no model here has a budget: {name}")
+
+    async def _wait(self, service: str) -> None:
+        self.waits += 1
+
+    async def start(self, engine: Engine, name: str = FAR) -> str:
+        """Start all; return the URL for tasks. `name` is what the far gateway is called there."""
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", engine)
+        endpoint = await self._serve(application)
+        self.far.update({SERVICE: {"model": "real", "key": "engine-key", "replicas": {"far-1": endpoint}}})
+        self.peer = await self._serve(self.relay.application(), identity(FAR).context(is_server=True))
+        remote = {"far-1": [self.peer, name]}
+        self.near.update({SERVICE: {"model": "real", "key": "engine-key", "replicas": {}, "remote": remote}})
+        return f"http://{await self._serve(self.proxy.application())}/v1/chat/completions"
+
+    async def _serve(self, application: web.Application, context: ssl.SSLContext | None = None) -> str:
+        runner = web.AppRunner(application, handler_cancellation=True)
+        self.runners.insert(0, runner)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+        host, port = runner.addresses[0][:2]
+        return f"{host}:{port}"
+
+
+def scenario(run: Callable[[Pair, aiohttp.ClientSession], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        pair = Pair()
+        async with aiohttp.ClientSession(headers={"authorization": "Bearer key"}) as client:
+            try:
+                await asyncio.wait_for(run(pair, client), 30)
+            finally:
+                for runner in pair.runners:
+                    await runner.cleanup()
+
+    asyncio.run(whole())
+
+
+def test_request_passes_two_gateways_and_the_engine_gets_its_own_key() -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        url = await pair.start(echo)
+        async with client.post(url, json=BODY) as answer:
+            found = await answer.json()
+        assert (answer.status, answer.headers["x-lattice-instance"]) == (200, "far-1")
+        assert found == {"body": BODY | {"model": "real"}, "key": "Bearer engine-key"}
+        assert pair.passed_by == [("key", NEAR)]
+
+    scenario(run)
+
+
+def test_stream_that_breaks_behind_the_other_gateway_ends_with_an_error() -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        async def breaking(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(word("one"))
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+
+        url = await pair.start(breaking)
+        async with client.post(url, json=BODY | {"stream": True}) as answer:
+            whole = (await answer.read()).split(b"\n\n")
+        assert whole[0] + b"\n\n" == word("one")
+        assert json.loads(whole[1][6:])["error"]["code"] == "replica_lost"
+
+    scenario(run)
+
+
+@pytest.mark.parametrize("length", [None, 100])
+def test_whole_answer_that_breaks_behind_the_other_gateway_is_not_taken_for_whole(length: int | None) -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        async def breaking(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"content-type": "application/json"})
+            response.content_length = length
+            await response.prepare(request)
+            await response.write(b'{"choices": []}')
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+
+        url = await pair.start(breaking)
+        async with client.post(url, json=BODY) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "replica_lost")
+
+    scenario(run)
+
+
+@pytest.mark.parametrize("who", ["caller", "key here", "key there"])
+def test_engine_stops_when_the_caller_leaves_or_its_key_ends_at_either_gateway(who: str) -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+            return web.Response()
+
+        asking = asyncio.create_task(client.post(await pair.start(slow), json=BODY))
+        await begun.wait()
+        match who:
+            case "caller":
+                asking.cancel()
+            case "key here":
+                pair.proxy.end_requests("key")
+            case _:
+                pair.relay.end_requests("key")
+        await ended.wait()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    scenario(run)
+
+
+def test_gateway_is_not_called_when_it_has_the_name_of_another_one() -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        url = await pair.start(echo, "gateway-of-yesterday")
+        async with client.post(url, json=BODY) as answer:
+            text = (await answer.json())["error"]["message"]
+        assert answer.status == 503
+        assert "certificate" in text.lower()
+        assert pair.passed_by == []
+
+    scenario(run)
+
+
+async def _status(url: str, context: ssl.SSLContext | bool, key: str = "key", instance: str = "far-1") -> int:
+    headers = {"authorization": f"Bearer {key}", "x-lattice-instance": instance}
+    async with (
+        aiohttp.ClientSession() as client,
+        client.post(url, json=BODY, headers=headers, ssl=context, server_hostname=FAR) as answer,
+    ):
+        return answer.status
+
+
+def test_gateway_takes_no_request_without_a_certificate_and_a_key_of_the_node_that_it_comes_from() -> None:
+    async def run(pair: Pair, _: aiohttp.ClientSession) -> None:
+        await pair.start(echo)
+        url = f"https://{pair.peer}/v1/chat/completions"
+        assert await _status(url, pair.proxy.to_gateways or True) == 200
+        # The key of an attempt on another node, a key that was guessed, an instance that is not here.
+        assert await _status(url, identity("gateway-third").context(is_server=False)) == 401
+        assert await _status(url, pair.proxy.to_gateways or True, key="guessed") == 401
+        assert await _status(url, pair.proxy.to_gateways or True, key="") == 401
+        assert await _status(url, pair.proxy.to_gateways or True, instance="far-2") == 503
+        asked = len(pair.passed_by)
+        stranger = identity(NEAR, Authority()).context(is_server=False)
+        stranger.load_verify_locations(cadata=AUTHORITY.certificate)
+        anonymous = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        anonymous.load_verify_locations(cadata=AUTHORITY.certificate)
+        for context in (stranger, anonymous):
+            with pytest.raises(aiohttp.ClientError):
+                await _status(url, context)
+        with pytest.raises(aiohttp.ClientError):
+            await _status(url.replace("https", "http"), True)
+        assert len(pair.passed_by) == asked
+
+    scenario(run)
+
+
+def test_authority_signs_no_text_that_is_not_a_request_signed_by_its_key() -> None:
+    made = Identity()
+    for wrong in ("", "x", made.request.replace("MI", "MJ", 1)):
+        with pytest.raises(ValueError, match="request"):
+            AUTHORITY.sign(wrong, NEAR)
