@@ -24,7 +24,7 @@ CPUS = 2
 
 
 class State(TypedDict):
-    """What the nodes found."""
+    """The numbers that the nodes computed."""
 
     found: Annotated[list[int], operator.add]
 

@@ -126,8 +126,9 @@ class Runner:
 
     def _new_task_stub(self, function: Any, plan: TaskPlan | None) -> Any:
         name = name_of(function)
-        captures.check(function, f"task {name!r}")
-        return self.stub(function, name, {} if plan is None else plan.settings(name))
+        stub = self.stub(function, name, {} if plan is None else plan.settings(name))
+        check(stub, f"task {name!r}")
+        return stub
 
 
 @contextmanager
