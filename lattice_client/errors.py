@@ -11,6 +11,7 @@
     +-- ServiceFailedError       the instances of a service cannot start; carries the last lines of its program
     +-- RunError                 the run or the task did not succeed
     |   +-- TaskFailedError      a task failed; carries the remote traceback
+    |   +-- StreamInterruptedError   chunks of a streamed output are not kept any more, or come from a new attempt
     |   +-- RunTimeoutError      the run exceeded its time limit
     |   +-- RunCancelledError    the run was cancelled
     +-- RequestError             the server refused a call

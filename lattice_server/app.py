@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lattice_server.garbage import GarbageCollection
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
 from lattice_server.rpc.convert.times import timestamp
 from lattice_server.secrets_file import read_secrets
-from lattice_server.tokens import Scope, credential, digest_of, follow, new_token, read_tokens
+from lattice_server.tokens import Scope, credential, digest_of, new_token, read_tokens, reload_on_change
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,13 @@ class App:
         self._background: list[asyncio.Task[None]] = []
         loop = asyncio.get_running_loop()
         self._engine = Engine(config, lambda: loop.call_soon_threadsafe(self.has_failed.set))
+        with ExitStack() as unfinished:
+            unfinished.callback(self._engine.close)
+            self._connect(config)
+            unfinished.pop_all()
+
+    def _connect(self, config: ServerConfig) -> None:
+        """Build the parts around the engine. Raises TelemetryError, SecurityError."""
         self._garbage = GarbageCollection(self._is_idle)
         self._engine.orchestrator.ended.on_add = self._garbage.request
         self._executor = executor_of(config, self._engine.store.directory)
@@ -69,10 +76,13 @@ class App:
         Raises PortInUseError, ExecutorError, TelemetryError, after stopping the started parts.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        # Before the runs of the journal are made: full collections would look through all that are made by then.
+        self._garbage.start()
         try:
             self._engine.restore()
             port = await self._rpc.start()
         except BaseException:
+            self._garbage.stop()
             self._engine.close()
             raise
         self.address = self.config.address(port)
@@ -86,7 +96,6 @@ class App:
         except BaseException:
             await self.stop()
             raise
-        self._garbage.start()
         await self._rpc.set_serving(True)
 
     def _start_background(self) -> None:
@@ -94,12 +103,12 @@ class App:
         found = [self._engine.sessions.watch(self.config.heartbeat_interval_s)]
         if self._authentication is not None and self.config.tokens_file:
             path = Path(self.config.tokens_file)
-            found.append(follow(path, "--tokens-file", read_tokens, self._authentication.replace))
+            found.append(reload_on_change(path, "--tokens-file", read_tokens, self._authentication.replace))
         if self.config.secrets_file:
             replace = self._engine.orchestrator.requirements.secrets.replace
-            found.append(follow(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
+            found.append(reload_on_change(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
         if self._rpc.certificates is not None:
-            found.append(self._rpc.certificates.follow())
+            found.append(self._rpc.certificates.reload_on_change())
         self._background += map(asyncio.create_task, found)
 
     def _is_idle(self) -> bool:
@@ -184,11 +193,13 @@ async def serve(config: ServerConfig, announce: Callable[[str, str], None]) -> N
     _on_signals(stopping.set)
     app = App(config)
     await app.start()
-    await _first(app.ready(), stopping.wait(), app.has_failed.wait())
-    if not stopping.is_set() and not app.has_failed.is_set():
-        announce(app.address, app.metrics_url)
-    await _first(stopping.wait(), app.has_failed.wait())
-    await app.stop()
+    try:
+        await _first(app.ready(), stopping.wait(), app.has_failed.wait())
+        if not stopping.is_set() and not app.has_failed.is_set():
+            announce(app.address, app.metrics_url)
+        await _first(stopping.wait(), app.has_failed.wait())
+    finally:
+        await app.stop()
     if app.has_failed.is_set():
         raise SchedulerError("the scheduler or the journal failed, and the server stopped; its log says why")
 

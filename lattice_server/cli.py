@@ -40,7 +40,13 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
-@click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option(
+    "--executor",
+    type=click.Choice(["ray", "local"]),
+    default="ray",
+    show_default=True,
+    help="Have Ray start the workers, or the server itself, on this machine.",
+)
 @click.option("--node-ip", metavar="ADDRESS", help="The address Ray listens on; by default that of the server.")
 @click.option("--ray-address", metavar="HOST:PORT", help="Place workers in this Ray cluster instead of starting Ray.")
 @click.option(
@@ -64,7 +70,7 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of this node; may be repeated.")
 @click.option("--tls-cert", type=FILE, help="Serve TLS with this certificate chain, in PEM.")
 @click.option("--tls-key", type=FILE, help="The certificate's key, in PEM.")
-@click.option("--tls-ca", type=FILE, help="Callers need certificates signed by this one; for a worker: the server.")
+@click.option("--tls-ca", type=FILE, help="The authority of callers' certificates; for a worker: of the server's.")
 @click.option("--token-file", type=FILE, help="The token that callers, or this worker, must send; or LATTICE_TOKEN.")
 @click.option(
     "--tokens-file",

@@ -5,6 +5,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,18 @@ class Engine:
     """
 
     def __init__(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
+        self._open = ExitStack()
+        with ExitStack() as unfinished:
+            unfinished.callback(self.close)
+            self._build(config, on_failure)
+            unfinished.pop_all()
+
+    def _build(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
         share = config.tenant_share
         self.code = CodeStore(Bound(config.code_bytes, share))
         self.journal = _journal(config, self._dropped, on_failure, self.code)
+        if self.journal is not None:
+            self._open.callback(self.journal.journal.close)
         # Random as well: a journal that is copied back from a backup counts the same lives again.
         number = 0 if self.journal is None else self.journal.journal.epoch
         self.epoch = f"{number:x}.{secrets.token_hex(4)}"
@@ -87,6 +97,7 @@ class Engine:
         self.bus = MessageBus(asyncio.get_running_loop())
         self.sessions = Sessions(config.silence_limit_s)
         self.store = ArtifactStore(config.store_folder, config.spare_bytes, upload_ttl_s=config.upload_ttl_s)
+        self._open.callback(self.store.close)
         # Uploads may fill half of the file system, so that the outputs of tasks have the other half.
         self.store.uploads.usage.bound = Bound(min(config.upload_bytes, self.store.files.total_bytes // 2), share)
         self.store.on_drop = self.sessions.drop_artifact
@@ -124,9 +135,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the stores, and the journal after making all of it durable."""
-        self.store.close()
-        if self.journal is not None:
-            self.journal.journal.close()
+        self._open.close()
 
     def restore(self) -> None:
         """Take back the workflows and runs of the journal."""

@@ -30,7 +30,7 @@ class GarbageCollection:
     def start(self) -> None:
         """Exempt the modules and parts that are loaded by now from collections, and set the thresholds.
 
-        A program that has done the former itself, and serves within its own process, is left with what it chose.
+        A program that serves within its own process and has frozen its objects itself keeps its own choice.
         """
         self._has_frozen = not gc.get_freeze_count()
         if self._has_frozen:

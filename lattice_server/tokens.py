@@ -125,10 +125,12 @@ def read_tokens(path: Path) -> tuple[Credential, ...]:
     return made
 
 
-async def follow(path: Path, flag: str, read: Callable[[Path], Content], apply: Callable[[Content], object]) -> None:
+async def reload_on_change(
+    path: Path, flag: str, read: Callable[[Path], Content], apply: Callable[[Content], object]
+) -> None:
     """Pass what `read` returns of a file to `apply` whenever the file changes; never returns.
 
-    A file that is unsafe or malformed is logged and not applied: what it had before stays valid.
+    A file that is unsafe or malformed is logged and not applied: its earlier content stays valid.
     """
     try:
         async for _ in changes(path):

@@ -1,6 +1,6 @@
-"""What a worker keeps over a restart of its server: its leases, their reports and their questions.
+"""The leases, reports and questions that a worker keeps over a restart of its server.
 
-Rule: the server chooses; of the leases that it does not adopt nothing is reported, and their values are deleted.
+Rule: the server chooses the leases to adopt. Reports of the other leases are dropped, and their values are deleted.
 """
 
 from lattice.v1 import worker_pb2

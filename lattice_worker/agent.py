@@ -83,8 +83,8 @@ class Agent:
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._is_welcome = False
-        self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
-        self._network_levels: frozenset[str] = frozenset()  # Of them those that restrict servers.
+        self._levels: frozenset[str] = frozenset()  # The isolation levels that can be set up here.
+        self._network_levels: frozenset[str] = frozenset()  # The levels that restrict servers.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads = Uploads(self._local_store)

@@ -151,13 +151,14 @@ class AttemptReports:
 
     def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
         outputs: convert.Outputs | None = None
-        named: set[str] = set()
+        unnamed = set(answer.get("made", ()))
         for report in reports:
             outputs = report.succeeded.outputs if report.HasField("succeeded") else None
-            named |= convert.artifacts_in(report)
+            if unnamed:
+                unnamed -= convert.artifacts_in(report)
             self._emit(report)
         # Artifacts of an answer that could not be reported are named by nothing.
-        if unnamed := set(answer.get("made", ())) - named:
+        if unnamed:
             with contextlib.suppress(OSError):
                 self._local_store.drop(unnamed)
         self._on_ended(lease_id, outputs)

@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most containers, values are kept on disk.
 STORE_PREFIX = "lattice-worker-"
 NEW_S = 10.0
-LET_GO_S = 5.0
+DRAIN_MARGIN_S = 5.0
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ async def _run(worker: Agent | Joiner, drain_deadline_s: float | None) -> None:
         is_leaving = True
         worker.leave(drain_deadline_s)
         # A server that cannot be reached cannot let it go.
-        loop.call_later(drain_deadline_s + LET_GO_S, task.cancel)
+        loop.call_later(drain_deadline_s + DRAIN_MARGIN_S, task.cancel)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, leave)

@@ -6,7 +6,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lattice_worker.runner.frames import MAX_FRAME_BYTES, PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
+from lattice_worker.runner.frames import (
+    MAX_FRAME_BYTES,
+    PACKET_BYTES,
+    Assembler,
+    ProtocolError,
+    joined,
+    packets_of,
+    parse,
+)
 
 MAX_READS = 64  # Of one socket in a row, so that other sockets are read too.
 
@@ -26,7 +34,9 @@ class Control:
         self._sock = sock
         self._on_frame, self._on_error, self._on_lost = on_frame, on_error, on_lost
         self._assembler = Assembler(limit_bytes)
+        self._unsent: list[bytes] = []
         self._outbox: deque[bytes] = deque()
+        self._is_writing = self._has_writer = False
         self._buffer = bytearray(PACKET_BYTES)
         self.is_open = True
         sock.setblocking(False)
@@ -34,24 +44,34 @@ class Control:
         self._loop.add_reader(sock, self.read)
 
     def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-        """Send a frame, as soon as the process takes it."""
+        """Send a frame, as soon as the process takes it: together with those that are sent in the same step."""
         if self.is_open:
-            is_busy = bool(self._outbox)
-            self._outbox += packets_of(header, blobs)
-            if not is_busy:
-                self._write()
+            self._unsent += packets_of(header, blobs)
+            if not self._is_writing:
+                self._is_writing = True
+                self._loop.call_soon(self._write)
 
     def _write(self) -> None:
+        self._outbox.extend(joined(self._unsent))
+        self._unsent.clear()
         try:
             while self._outbox:
                 self._sock.send(self._outbox[0])
                 self._outbox.popleft()
         except BlockingIOError:
-            self._loop.add_writer(self._sock, self._write)
+            if not self._has_writer:
+                self._has_writer = True
+                self._loop.add_writer(self._sock, self._write)
             return
         except OSError:
             self._outbox.clear()  # The process has ended, which the next read finds out.
-        self._loop.remove_writer(self._sock)
+        self._is_writing = False
+        self._stop_writer()
+
+    def _stop_writer(self) -> None:
+        if self._has_writer:
+            self._has_writer = False
+            self._loop.remove_writer(self._sock)
 
     def read(self) -> None:
         """Take frames that have arrived, up to a bound."""
@@ -80,13 +100,12 @@ class Control:
             self.close()
             return False
         try:
-            frame = self._assembler.feed(bytes(memoryview(self._buffer)[:size]))
-            found = None if frame is None else parse(frame)
+            found = [parse(frame) for frame in self._assembler.feed(bytes(memoryview(self._buffer)[:size]))]
         except ProtocolError as error:
             self._on_error(error)
             return True
-        if found is not None:
-            self._on_frame(*found)
+        for frame in found:
+            self._on_frame(*frame)
         return True
 
     def close(self) -> None:
@@ -94,6 +113,6 @@ class Control:
         if self.is_open:
             self.is_open = False
             self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
+            self._stop_writer()
             self._sock.close()
             self._on_lost()

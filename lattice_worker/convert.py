@@ -157,7 +157,7 @@ def close_reason(close: worker_pb2.Close) -> str:
 def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
     """Return an empty report of a lease at a time in nanoseconds since the epoch."""
     message = worker_pb2.Report(lease_id=lease_id)
-    message.time.CopyFrom(timestamp(now_ns))
+    message.time.seconds, message.time.nanos = divmod(now_ns, 10**9)
     return message
 
 

@@ -20,14 +20,14 @@ class Crash:
 
     Attributes:
         is_blocked: it was killed because it did not answer.
-        has_hung_up: it closed its control socket without ending.
+        has_disconnected: it closed its control socket without ending.
         is_cause_unknown: the invocation whose step ran last need not be the cause.
         exceeded: the kind and the message of the failure of a sandbox that ended it for a limit.
     """
 
     def __init__(self) -> None:
         self.is_blocked = False
-        self.has_hung_up = False
+        self.has_disconnected = False
         self.is_cause_unknown = False
         self.exceeded: tuple[str, str] | None = None
         self._oom_kills = cgroup.own_oom_kills()
@@ -57,7 +57,7 @@ class Crash:
         if self.is_blocked:
             text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
             text += "; await what takes time, or make it a plain function"
-        elif self.has_hung_up:
+        elif self.has_disconnected:
             text = "the task's process closed its connection to the worker, or ran another program in its own place"
         elif status == -signal.SIGKILL and cgroup.own_oom_kills() > self._oom_kills:
             text = "the kernel killed the task's process because memory ran out"
@@ -80,7 +80,8 @@ class Suspects:
 
     def includes(self, assignment: worker_pb2.Assignment) -> bool:
         """Whether a lease has an attempt of a suspect."""
-        return any((attempt.run_id, attempt.task_id) in self._tasks for attempt in assignment.attempts)
+        known = self._tasks
+        return bool(known) and any((attempt.run_id, attempt.task_id) in known for attempt in assignment.attempts)
 
 
 def _how(status: int) -> str:

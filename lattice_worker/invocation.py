@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lattice_worker.sandbox.policy import THREADS
 
@@ -11,8 +11,7 @@ DESCRIBE_S = 1.0
 Frame = tuple[dict[str, Any], list[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class RunnerKey:
+class RunnerKey(NamedTuple):
     """Invocations with equal keys may share a runner: same tenant, same modules, same devices.
 
     `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
@@ -31,8 +30,12 @@ class RunnerKey:
     threads: int = 1
     memory_bytes: int = 0
     network: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    variables: tuple[tuple[str, str], ...] = ()
     has_secrets: bool = False
+
+    def __repr__(self) -> str:
+        shown = self._asdict() | {"variables": [name for name, _ in self.variables]}
+        return f"RunnerKey({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def environment(self) -> dict[str, str]:
         """Return the variables of the runners of this key."""

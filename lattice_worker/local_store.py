@@ -21,6 +21,7 @@ from lattice_worker.peer_fetch import PeerFetcher
 
 RETRIES = 10
 RETRY_S = 0.5
+INLINE = frozenset({"json", "data"})
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
 
@@ -57,6 +58,8 @@ class LocalStore:
         waits: list[asyncio.Task[Any]] = [] if unpacking is None else [unpacking]
         for attempt in assignment.attempts:
             for binding in attempt.inputs.values():
+                if binding.payload.WhichOneof("content") in INLINE:
+                    continue  # As most inputs are.
                 waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
         return waits
 

@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # For every step, some MiB.
 AT_A_TIME = 4
-# Between machines that cannot reach each other every fetch would take that long.
-SHUN_S = 60.0
+# How long a node is skipped from which nothing came: without it, each fetch from an unreachable node would take
+# `PATIENCE_S`.
+SKIP_NODE_S = 60.0
 
 
 class PeerFetchError(Exception):
@@ -37,7 +38,7 @@ class PeerFetcher:
         self._store_directory, self._incoming, self._patience_s = store_directory, incoming, patience_s
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Queue[dict[str, Any]]] = {}
-        self._shunned: dict[str, float] = {}
+        self._skipped_until: dict[str, float] = {}
         self._turns = asyncio.Semaphore(AT_A_TIME)
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -45,7 +46,7 @@ class PeerFetcher:
     async def start(self) -> None:
         """Tell the parent process where this node's store is, and read its answers."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
-        self._say(store=self._store_directory)
+        self._send(store=self._store_directory)
         self._reading = asyncio.create_task(self._listen(reader))
 
     def close(self) -> None:
@@ -58,10 +59,10 @@ class PeerFetcher:
     async def bring(self, node_id: str, path: Path, size_bytes: int) -> bool:
         """Fetch an artifact from a node's store to `path`, whose name it has; return whether it is there.
 
-        A node from which nothing came is skipped for `SHUN_S`.
+        A node from which nothing came is skipped for `SKIP_NODE_S`.
         """
         loop = asyncio.get_running_loop()
-        if self._shunned.get(node_id, 0.0) > loop.time():
+        if self._skipped_until.get(node_id, 0.0) > loop.time():
             return False
         number = next(self._numbers)
         part = self._incoming / f"{path.name}.{number}"
@@ -70,14 +71,14 @@ class PeerFetcher:
             async with self._turns:
                 part.touch()
                 wanted = {"node": node_id, "artifact": path.name, "size": size_bytes, "part": str(part)}
-                self._say(id=number, **wanted, patience_s=self._patience_s)
+                self._send(id=number, **wanted, patience_s=self._patience_s)
                 await self._ended(answers)
             part.rename(path)
-            self._shunned.pop(node_id, None)
+            self._skipped_until.pop(node_id, None)
         except TimeoutError:
             text = "nothing came from the node for %g s; the server is asked instead"
             log.warning(text, self._patience_s, extra={"node_id": node_id})
-            self._shunned[node_id] = loop.time() + SHUN_S
+            self._skipped_until[node_id] = loop.time() + SKIP_NODE_S
             return False
         except (PeerFetchError, OSError) as error:
             log.info("%s was not fetched from the node: %s", path.name, error, extra={"node_id": node_id})
@@ -103,14 +104,14 @@ class PeerFetcher:
                 answer = json.loads(line)
                 if (answers := self._answers.get(answer["id"])) is not None:
                     answers.put_nowait(answer)
-        self._hang_up()
+        self._fail_all()
 
-    def _hang_up(self) -> None:
+    def _fail_all(self) -> None:
         self._writer = None
         for answers in self._answers.values():
             answers.put_nowait({"end": "the parent process of the worker is gone"})
 
-    def _say(self, **words: Any) -> None:
+    def _send(self, **words: Any) -> None:
         if self._writer is None:
             raise PeerFetchError("the parent process of the worker is gone")
         self._writer.write(json.dumps(words).encode() + b"\n")

@@ -40,7 +40,7 @@ class Preparation:
         isolation = ISOLATIONS.get(assignment.isolation, "")
         is_async = concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
-        variables = tuple(sorted(assignment.environment.items()))
+        variables = tuple(sorted(assignment.environment.items())) if assignment.environment else ()
         owner = assignment.lease_id if is_alone or isolation or variables else ""
         gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
         memory_bytes = assignment.resources.memory_bytes if isolation == DOCKER else 0

@@ -26,7 +26,7 @@ class RayFolder:
 
     def __init__(self) -> None:
         self.path = _make()
-        self._lock = _hold(self.path)
+        self._lock = _lock(self.path)
 
     def close(self) -> None:
         """Delete the folder."""
@@ -70,7 +70,7 @@ def _unfit(parent: str) -> str:
     return "" if free_bytes >= MIN_FREE_BYTES else f"only {free_bytes} bytes are free"
 
 
-def _hold(path: Path) -> int:
+def _lock(path: Path) -> int:
     """Hold a folder until the descriptor returned is closed. Raises OSError when another process does."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -85,7 +85,7 @@ def _delete_left(parent: str) -> None:
     """Delete the folders of servers that were killed."""
     for left in Path(parent).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            descriptor = _hold(left)
+            descriptor = _lock(left)
             if time.time() - left.stat().st_mtime > NEW_S:
                 shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)

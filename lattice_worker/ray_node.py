@@ -56,7 +56,7 @@ class RayNode:
         self._cluster = cluster
         self._process: asyncio.subprocess.Process | None = None
         self._folder: RayFolder | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
 
     def is_of(self, cluster: worker_pb2.RayCluster) -> bool:
         """Whether this is a node of that cluster."""
@@ -64,14 +64,14 @@ class RayNode:
 
     def start(self) -> None:
         """Start the node, and again whenever it ends."""
-        self._keeping = asyncio.create_task(self._keep())
+        self._restarting = asyncio.create_task(self._keep_running())
 
     async def stop(self, *, at_once: bool = False) -> None:
         """End the node and its processes; `at_once` without waiting for its cluster, which is gone."""
-        if self._keeping is not None:
-            self._keeping.cancel()
+        if self._restarting is not None:
+            self._restarting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeping
+                await self._restarting
         if self._process is not None and self._process.returncode is None:
             await self._end(self._process, at_once=at_once)
         await self._clear()
@@ -90,7 +90,7 @@ class RayNode:
         if folder is not None:
             await asyncio.to_thread(folder.close)
 
-    async def _keep(self) -> None:
+    async def _keep_running(self) -> None:
         while True:
             try:
                 await self._clear()

@@ -291,7 +291,7 @@ class Runner:
 
     def _kill_disconnected(self, stepping: int) -> None:
         if not self.process.process.ended.done():
-            self._crash.has_hung_up = True
+            self._crash.has_disconnected = True
             # A coroutine that closed the connection and went on is not the one whose step runs now.
             self._crash.is_cause_unknown = len(self.running) > 1 and self.process.marks.stepping != stepping
             self.kill()

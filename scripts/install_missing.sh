@@ -3,7 +3,7 @@
 #
 # Usage: scripts/install_missing.sh (python|nodejs|go|network|docker|postgres|prometheus)...
 #
-# As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
+# As root with apt-get it installs; otherwise it prints the missing packages. Without Python's venv no target works;
 # without Node.js or Go the tests of those examples are skipped, without a network of namespaces those of clusters,
 # without Docker those of containers, without PostgreSQL those of its journal, and without Prometheus the one in which
 # it reads metrics.

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pytest
 
 TARGET = "LATTICE_SUITE_TARGET"
 REPORT = "LATTICE_SUITE_REPORT"
+MAX_TEXT = 6000
 
 
 class Suite:
@@ -34,7 +36,7 @@ class Suite:
         self._lattice = LangGraphClient(target)
         self._report = report
         self._calls = 0
-        self._found: dict[str, dict[str, Any]] = {}
+        self._refused: list[str] = []
 
     def install(self) -> None:
         """Have LangGraph compile through Lattice."""
@@ -42,6 +44,7 @@ class Suite:
         from langgraph.graph import StateGraph
 
         from lattice_client.langgraph.invocation import Invocation
+        from lattice_client.langgraph.stubs import Runner
 
         compile_, start, make = StateGraph.compile, Invocation.start, entrypoint.__call__
 
@@ -50,8 +53,22 @@ class Suite:
             return start(invocation, *args, **kwargs)
 
         Invocation.start = counted  # type: ignore[method-assign]
+        Runner.task_stub = self.with_tasks(Runner.task_stub)  # type: ignore[method-assign]
         StateGraph.compile = lambda *args, **kwargs: self.compiled(compile_(*args, **kwargs))  # type: ignore
         entrypoint.__call__ = lambda *args, **kwargs: self.compiled(make(*args, **kwargs))  # type: ignore
+
+    def with_tasks(self, stub_of: Any) -> Any:
+        """Return `Runner.task_stub` for which a `@task` that cannot run on Lattice stays in this process."""
+        from lattice_client import TaskDefinitionError
+
+        def task_stub(runner: Any, function: Any, *more: Any) -> Any:
+            try:
+                return stub_of(runner, function, *more)
+            except TaskDefinitionError as error:
+                self._refused.append(str(error))
+                return function
+
+        return task_stub
 
     def compiled(self, graph: Any) -> Any:
         """Return a compiled graph of which as many nodes as possible run on Lattice."""
@@ -61,14 +78,17 @@ class Suite:
         if isinstance(graph, LatticeGraph):
             return graph
         runner, local = self._lattice._runner, []
-        for name, node in graph.nodes.items():
+        # The body of an entrypoint stays here in any case.
+        for name, node in graph.nodes.items() if hasattr(graph, "builder") else ():
             try:
                 _node(runner, name, node, Plan.of({}, {"cpu": 0.01}, "none", ()), "")
-            except TaskDefinitionError:
+            except TaskDefinitionError as error:
                 local.append(name)
+                self._refused.append(str(error))
         try:
             return self._lattice.compile(graph, default={"cpu": 0.01}, local=local)
-        except TaskDefinitionError:
+        except TaskDefinitionError as error:
+            self._refused.append(str(error))
             return graph
 
     @pytest.hookimpl(wrapper=True)
@@ -76,15 +96,18 @@ class Suite:
         """Note the outcome of a test."""
         report = yield
         if report.when == "call" or report.outcome != "passed":
-            text = "" if report.outcome != "failed" else str(report.longrepr)[-600:]
-            self._found[item.nodeid] = {"outcome": report.outcome, "calls": self._calls, "text": text}
-            self._report.write_text(json.dumps(self._found, indent=1))
+            text = str(report.longrepr)[-MAX_TEXT:] if report.outcome == "failed" else ""
+            found = {"test": item.nodeid, "outcome": report.outcome, "calls": self._calls, "text": text}
+            found["refused"] = sorted(set(self._refused))
+            with self._report.open("a") as file:
+                file.write(json.dumps(found) + "\n")
         return report
 
     @pytest.hookimpl
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Count the calls of each test apart."""
         self._calls = 0
+        self._refused = []
 
     def pytest_unconfigure(self) -> None:
         """End the connection."""
@@ -101,7 +124,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def main() -> int:
     """Start a server, run the tests, print the counts."""
     folder, *arguments = sys.argv[1:]
-    report = Path(folder).resolve() / "lattice-report.json"
+    report = Path(folder).resolve() / "lattice-report.jsonl"
+    report.unlink(missing_ok=True)
     command = [Path(sys.executable).parent / "lattice", "start", "--head", "--port", "0", "--executor", "local"]
     server = subprocess.Popen([*command, "--num-cpus", "8"], stdout=subprocess.PIPE, text=True)
     try:
@@ -124,7 +148,7 @@ def main() -> int:
             "-o",
             "addopts=",
             "--tb=native",
-            "--timeout=60",
+            "--timeout=30",
             "-p",
             "no:cacheprovider",
         ]
@@ -133,11 +157,14 @@ def main() -> int:
     finally:
         server.terminate()
         server.wait(30)
-    results = json.loads(report.read_text()).values()
-    for crossed, title in ((True, "a node ran on Lattice"), (False, "no node ran on Lattice")):
-        outcomes = [found["outcome"] for found in results if bool(found["calls"]) is crossed]
-        counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-        print(f"{title}: {len(outcomes)} tests, {counts}")
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    results = {found["test"]: found for found in lines}.values()  # an error in the teardown replaces the outcome
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    for found in results:
+        where = "a node ran on Lattice" if found["calls"] else "no node ran on Lattice"
+        groups[f"{where}, {'a node was refused' if found['refused'] else 'none was refused'}"][found["outcome"]] += 1
+    for title, counts in sorted(groups.items()):
+        print(f"{title}: {counts.total()} tests, {dict(counts)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests import leftovers
 from tests.examples import share
 
 # Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
@@ -31,15 +32,36 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 hypothesis.settings.register_profile("lattice", deadline=None, max_examples=share(2000))
 hypothesis.settings.load_profile("lattice")
 
+# Where tests kill servers and workers, whose folders stay until the next one starts.
+KILLS = {"e2e", "worker", "sandbox", "containers"}
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_records() -> Iterator[None]:
-    """A folder of its own for the records of running servers and workers, which `lattice stop` reads."""
-    with tempfile.TemporaryDirectory(prefix="lattice-tests-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", folder)
-        yield
+def _own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of its own for temporary files, and for the pid files that `lattice stop` reads."""
+    tmp_path_factory.getbasetemp()  # It stays where pytest keeps the folders of failed tests.
+    # A short path: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="lt-") as folder, pytest.MonkeyPatch.context() as patch:
+        own = Path(folder)
+        own.chmod(0o1777)
+        (own / leftovers.RUN).mkdir(0o700)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("XDG_RUNTIME_DIR", str(own / leftovers.RUN))
+        yield own
+        left = leftovers.left(own)
+    assert not left, f"the tests of this process left {left}"
+
+
+@pytest.fixture(autouse=True)
+def _no_store_is_left(request: pytest.FixtureRequest, _own_folder: Path) -> Iterator[None]:
+    """Have each server delete its folders; a killed one cannot: see KILLS."""
+    before = leftovers.folders(_own_folder)
+    yield
+    if not KILLS & {*request.path.parts}:
+        left = leftovers.unlocked(_own_folder) - before
+        assert not left, f"no server has {left} any more"
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def test_a_skip_is_a_failure_when_all_is_required(tmp_path: Path, switch: str, s
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     (tmp_path / "test_cases.py").write_text(CASES)
     (tmp_path / "test_module.py").write_text(MODULE)
-    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", str(tmp_path)]
+    options = ["--continue-on-collection-errors", "--basetemp", str(tmp_path / "base")]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     environment = {**os.environ, "LATTICE_REQUIRE_ALL": switch, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert summary in done.stdout

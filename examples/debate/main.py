@@ -4,7 +4,7 @@
 
 Each debater knows the weather of Seattle in one year only, and estimates how many rainy days a year has. In each round
 it hears the estimates of the others and moves towards them. The moderator adds another round until the estimates agree;
-nobody knows beforehand how many rounds that takes.
+the number of rounds is not known beforehand.
 """
 
 import csv

@@ -12,6 +12,7 @@ from lattice_client.cli.terminal import one_line, say
 from lattice_client.graph.environment import Secret
 
 COLUMNS = ("service", "state", "ready", "in flight", "restarts", "endpoint", "detail")
+REACH = click.Choice(["node", "cluster"])
 INSTANCE_COLUMNS = ("instance", "state", "node", "endpoint", "in flight", "run")
 
 
@@ -30,13 +31,23 @@ def resource_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--gpu-mem", type=amount, help="Memory on each GPU, in MiB."),
         click.option("--replicas", type=click.IntRange(0), default=1, show_default=True, help="The fewest instances."),
         click.option("--max-replicas", type=click.IntRange(1), help="The most instances.  [default: --replicas]"),
-        click.option("--concurrency", type=click.IntRange(1), help="Requests of one instance, beyond which it grows."),
-        click.option("--idle-timeout", type=amount, help="Seconds without use after which there are no instances."),
+        click.option(
+            "--concurrency", type=click.IntRange(1), help="Open requests of an instance, above which more are started."
+        ),
+        click.option("--idle-timeout", type=amount, help="Seconds without use after which all instances are stopped."),
         click.option("--start-timeout", type=amount, help="Seconds that an instance may take to be ready."),
         click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="An environment variable."),
-        click.option("--secret-env", "secrets", multiple=True, metavar="NAME", help="One of here, as a secret."),
+        click.option(
+            "--secret-env", "secrets", multiple=True, metavar="NAME", help="A variable from here, as a secret."
+        ),
         click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that the node must have."),
-        click.option("--reach", type=click.Choice(["node", "cluster"]), default="node", show_default=True),
+        click.option(
+            "--reach",
+            type=REACH,
+            default="node",
+            show_default=True,
+            help="The tasks that reach it: those of its node, or all.",
+        ),
         click.option("--wait/--no-wait", default=True, help="Wait until an instance is ready."),
         click.option("--timeout", type=amount, help="Seconds to wait at most."),
     ):
@@ -70,7 +81,12 @@ def _pair(text: str) -> tuple[str, str]:
 @click.argument("name")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def start(server: Server, name: str, command: tuple[str, ...], **given: Any) -> None:
-    """Start a service from a command, in which {host} and {port} are replaced by its address."""
+    """Start a service from a command, in which {host} and {port} are replaced by its address.
+
+    Options stand before NAME. All words after NAME are the command, without quotes around it:
+
+        lattice services start files python -m http.server {port} --bind {host}
+    """
     wait, timeout = given.pop("wait"), given.pop("timeout")
     settings = settings_of(given)
     with connected(server) as client:

@@ -104,7 +104,7 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
 
 
 def _access(data: Mapping[str, Any]) -> str:
-    """Return what an attempt had of one server as text."""
+    """Return the network access of an attempt to one server as text."""
     verdict = data["verdict"].replace("_", " ")
     text = f"{data['host'] or 'other servers'}:{data['port']} {verdict}"
     if data["final"]:

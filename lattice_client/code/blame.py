@@ -29,7 +29,7 @@ def blame(function: Any, error: Exception) -> str:
     return text if type(error) is TypeError and "cannot pickle" in str(error) else f"{text}: {error}"
 
 
-def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], object]) -> str:
+def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], object], advice: str = "") -> str:
     """Return the part of a value that cannot be sent.
 
     Args:
@@ -37,12 +37,13 @@ def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], 
         value: the value.
         error: the error of pickling the value.
         dump: pickles a part; raises for a part that cannot be sent.
+        advice: how to correct it, unless the class of the value says so itself.
     """
     path, found = _path(value, dump)
     where = ", ".join([where, *path])
     if (own := _own_refusal(found)) is not None:
         return f"{where}: {own}"
-    return f"{where} ({_kind(found)}) cannot be pickled: {error}"
+    return f"{where} ({_kind(found)}) cannot be pickled: {error}{advice and '; '}{advice}"
 
 
 def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:

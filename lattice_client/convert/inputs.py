@@ -133,7 +133,8 @@ class Binder:
 
     def _refusal(self, value: Any, error: Exception) -> TaskDefinitionError:
         dump = partial(payloads.encode_around, kinds=WIRES)
-        return TaskDefinitionError(blame_value(self.where, value, error, dump))
+        advice = "pass data from which the task can make it"
+        return TaskDefinitionError(blame_value(self.where, value, error, dump, advice))
 
 
 def _add_holders(value: Any, holders: dict[int, Any]) -> int:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, TypedDict
 
 from lattice.v1 import resources_pb2
@@ -64,8 +65,7 @@ def resources_of(label: str, options: Mapping[str, Any], is_async: bool) -> reso
     found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
     for name, value in options.items():
         if name not in RESOURCES:
-            text = f"there is no setting {name!r}; resources: {', '.join(RESOURCES)}"
-            raise TaskDefinitionError(f"task {label!r}: {text}; other settings: {', '.join(SETTINGS)}")
+            raise TaskDefinitionError(f"task {label!r}: {_unknown(name, DefinitionOptions.__annotations__)}")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_AMOUNT:
@@ -84,11 +84,18 @@ def resources_of(label: str, options: Mapping[str, Any], is_async: bool) -> reso
 
 def changed(label: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with changes; a resource that is not named stays. Raises TaskDefinitionError."""
-    if unknown := [name for name in changes if name not in TaskOptions.__annotations__]:
-        known = ", ".join(TaskOptions.__annotations__)
-        text = f"there is no option {', '.join(map(repr, unknown))} to change; the options: {known}"
-        raise TaskDefinitionError(f"task {label!r}: {text}")
+    for name in changes:
+        if name not in TaskOptions.__annotations__:
+            raise TaskDefinitionError(f"task {label!r}: {_unknown(name, TaskOptions.__annotations__)}")
     resources = {**(options.get("resources") or {}), **(changes.get("resources") or {})}
     direct = {name: changes[name] for name in RESOURCES if name in changes}
     rest = {name: value for name, value in changes.items() if name not in direct}
     return {**options, **rest, "resources": {**resources, **direct}}
+
+
+def _unknown(name: str, options: Mapping[str, Any]) -> str:
+    """Return that there is no such option, the most similar name if there is one, and all names."""
+    similar = get_close_matches(name, options, n=1)
+    meant = f"; did you mean {similar[0]!r}?" if similar else ";"
+    others = ", ".join(option for option in options if option not in RESOURCES)
+    return f"there is no option {name!r}{meant} resources: {', '.join(RESOURCES)}; other options: {others}"

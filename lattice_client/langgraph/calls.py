@@ -20,7 +20,8 @@ from lattice_client.errors import TaskFailedError
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.langgraph import codec, references
 from lattice_client.langgraph.answers import Answers, StubOf, is_future
-from lattice_client.langgraph.invocation import CANCEL_S, Asked, Ended, Invocation, Started
+from lattice_client.langgraph.invocation import Asked, Ended, Invocation, Started
+from lattice_client.langgraph.loop import CANCEL_S
 from lattice_client.langgraph.remote import PART, PART_BYTES, REST, WHOLE
 
 
@@ -77,10 +78,10 @@ class Call:
                 sent[name] = codec.sendable(sent.get(name) or {}, f"config[{name!r}]", self._references)
             return codec.dumps((args, kwargs, sent, self._tool_writer), self._references)
 
-    def _start(self, invocation: Invocation, deliver: Any) -> None:
+    def _start(self, invocation: Invocation, deliver: Any, *, is_async: bool) -> None:
         name = self._definition.name
         label = name if self._step is None else f"{name}-{self._step}"
-        self._started = invocation.start(self._definition, name, label, self._message, deliver)
+        self._started = invocation.start(self._definition, name, label, self._message, deliver, is_async=is_async)
 
     def _cancel(self) -> None:
         if self._started is not None:
@@ -89,7 +90,7 @@ class Call:
     def run(self, invocation: Invocation) -> Any:
         """Wait for the result in this thread; return it or raise the node's exception."""
         inbox: queue.SimpleQueue[Asked | Ended] = queue.SimpleQueue()
-        self._start(invocation, inbox.put)
+        self._start(invocation, inbox.put, is_async=False)
         try:
             while not isinstance(item := inbox.get(), Ended):
                 self._take(item)
@@ -107,7 +108,7 @@ class Call:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
-        self._start(invocation, deliver)
+        self._start(invocation, deliver, is_async=True)
         answering: set[asyncio.Task[None]] = set()
         try:
             while not isinstance(item := await inbox.get(), Ended):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from lattice_client.graph.settings import disconnect_grace_s
-from lattice_client.langgraph.invocation import Loop
+from lattice_client.langgraph.loop import Loop
 from lattice_client.sync import LatticeClient
 from lattice_client.transport.security import SecurityOptions
 

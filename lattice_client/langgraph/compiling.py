@@ -5,7 +5,8 @@ Reducers, edges, commands, checkpoints, retries, caching and the loop itself are
 
 import copy
 import functools
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ MAX_THREADS = 256
 Settings = Mapping[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """Which nodes run where. `used` are the names that the graph has."""
 
@@ -75,21 +76,24 @@ def compiled(runner: Runner, graph: Any, plan: Plan, arguments: dict[str, Any]) 
     """Return a graph that runs the nodes of another on Lattice. Raises TaskDefinitionError."""
     reductions.install()
     if isinstance(graph, Pregel):
-        graph = graph.copy(arguments)
+        made = graph.copy(arguments)
+        # `compile` sets attributes of the state's class that a copy is made without.
+        vars(made).update({name: value for name, value in vars(graph).items() if name not in vars(made)})
+        graph = made
     elif hasattr(graph, "compile"):
         graph = graph.compile(**arguments)
     else:
         raise TaskDefinitionError(f"compile takes a StateGraph, a compiled graph or an entrypoint, not {graph!r}")
     found = _swapped(runner, graph, plan, "")
     plan.check_names()
-    return _attached(runner, found)
+    return _attached(runner, found, graph)
 
 
 def _swapped(runner: Runner, graph: Any, plan: Plan, prefix: str) -> Any:
     """Return a copy of a compiled graph whose nodes are stubs."""
     found = copy.copy(graph)
     if not hasattr(graph, "builder"):  # an entrypoint
-        found.nodes = {name: with_task_stubs(node, runner) for name, node in graph.nodes.items()}
+        found.nodes = {name: with_task_stubs(node, runner, plan) for name, node in graph.nodes.items()}
         return found
     found.nodes = {name: _node(runner, name, node, plan, prefix) for name, node in graph.nodes.items()}
     return found
@@ -135,7 +139,8 @@ def _callable(runner: Runner, name: str, bound: Any, settings: Settings) -> Any:
         check(found.func, f"node {name!r}")
     if bound.afunc is not None:
         is_own = not _runs_in_thread(bound.afunc, bound.func)
-        found.afunc = runner.stub(bound.afunc if is_own else bound.func, name, settings, is_async=True)
+        function = bound.afunc if is_own else bound.func
+        found.afunc = runner.stub(function, name, settings, is_async=True, stands_for=bound.afunc)
         if is_own:
             check(found.afunc, f"node {name!r}")
     return found
@@ -187,6 +192,7 @@ class LatticeGraph:
     """
 
     lattice_runner: Runner
+    lattice_plain: Any
     last_run_id: str
     name: str
 
@@ -218,6 +224,14 @@ class LatticeGraph:
             self._note(invocation)
             await ended_async(invocation)
 
+    def get_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the drawable graph, of the nodes as they were defined; see `Pregel.get_graph`."""
+        return self.lattice_plain.get_graph(*args, **kwargs)
+
+    async def aget_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """As `get_graph`, for asyncio."""
+        return await self.lattice_plain.aget_graph(*args, **kwargs)
+
     def _note(self, invocation: Invocation) -> None:
         if invocation.run_id:
             type(self).last_run_id = invocation.run_id
@@ -227,9 +241,10 @@ class LatticeGraph:
         return copy.copy, (_with_class(type(self).__mro__[2], self),)
 
 
-def _attached(runner: Runner, graph: Any) -> Any:
+def _attached(runner: Runner, graph: Any, plain: Any) -> Any:
     kind = type(graph)
-    members = {"lattice_runner": runner, "last_run_id": "", "__module__": kind.__module__, "__doc__": kind.__doc__}
+    members = {"lattice_runner": runner, "lattice_plain": plain, "last_run_id": ""}
+    members |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
     return _with_class(type(kind.__name__, (LatticeGraph, kind), members), graph)
 
 
@@ -252,7 +267,12 @@ def _within(invocation: Invocation, source: Iterator[Any]) -> Iterator[Any]:
                 current.reset(token)
             yield item
     finally:
-        source.close()  # type: ignore[attr-defined]
+        close: Callable[[], None] = source.close  # type: ignore[attr-defined]
+        if invocation.must_not_wait:
+            # It waits for its nodes, which end with the run.
+            threading.Thread(target=close, name="lattice-close", daemon=True).start()
+        else:
+            close()
 
 
 async def _within_async(invocation: Invocation, source: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -1,77 +1,30 @@
-"""Owns the open run of one invocation of a graph, and the thread whose event loop holds the streams of such runs.
+"""Owns the open run of one invocation of a graph. Rule: each call of a node is a task of it.
 
-Rule: that thread runs no code of the user's; a call has its answers decoded by the thread or the loop that made it.
+A call has its answers decoded by the thread or the event loop that made it.
 """
 
 import asyncio
-import atexit
 import contextvars
 import itertools
-import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from langchain_core.runnables.config import var_child_runnable_config
 
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.errors import LatticeError, RunError
 from lattice_client.graph.definition import TaskDefinition
+from lattice_client.langgraph.adding import Addition, Additions
+from lattice_client.langgraph.loop import CANCEL_S, Loop
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 
-# How long a cancelled call waits for the end of its attempt; the server kills the process in that time.
-CANCEL_S = 2.0
 # The invocation that the calls of nodes belong to.
 current: "contextvars.ContextVar[Invocation | None]" = contextvars.ContextVar("lattice_invocation", default=None)
-
-
-class Loop:
-    """An event loop in a thread of its own, which starts with the first coroutine."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
-        """Start a coroutine; return the future of its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.started())
-
-    def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Call a function in the thread; nothing once it has ended."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *args)
-
-    def started(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, which runs."""
-        with self._lock:
-            if self._loop is None or self._loop.is_closed():
-                self._loop = asyncio.new_event_loop()
-                # A daemon, so that a program with an unfinished graph can end; `stop` is called at the exit.
-                self._thread = threading.Thread(target=_run, args=(self._loop,), name="lattice-langgraph", daemon=True)
-                self._thread.start()
-                atexit.register(self.stop)
-            return self._loop
-
-    def stop(self) -> None:
-        """End the thread."""
-        with self._lock:
-            loop, self._loop = self._loop, None
-        if loop is not None and self._thread is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join(CANCEL_S)
-        atexit.unregister(self.stop)
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))  # The cancelled tasks run once more.
-    finally:
-        loop.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +48,32 @@ Deliver = Callable[[Asked | Ended], None]
 
 
 class Started:
-    """A call that was started. `cancel` ends its attempt; the call then ends within CANCEL_S."""
+    """A call that was started."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self.cancel = cancel
+    def __init__(self, loop: Loop, deliver: Deliver, drive: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._drive = drive
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+        self._is_cancelled = False
+
+    def begin(self) -> None:
+        """Begin, in the thread of the loop."""
+        if self._is_cancelled:
+            self._deliver(Ended(error=asyncio.CancelledError(f"the call of {self._name!r} was cancelled")))
+        else:
+            self._task = asyncio.create_task(self._drive())
+
+    def cancel(self) -> None:
+        """End its attempt; the call then ends within CANCEL_S."""
+        self._loop.call(self._cancel)
+
+    def _cancel(self) -> None:
+        self._is_cancelled = True
+        if self._task is not None:
+            # After its first step, without which it would end and deliver nothing.
+            asyncio.get_running_loop().call_soon(self._task.cancel)
 
 
 class Invocation:
@@ -116,25 +91,37 @@ class Invocation:
         self._routes: dict[str, Deliver] = {}
         self._numbers: dict[str, itertools.count[int]] = {}
         self._is_cancelled = False
+        self._starting: deque[Started] = deque()
+        self._additions = Additions(self._opened)
 
     def start(
-        self, definition: TaskDefinition[..., Any], name: str, label: str, message: bytes, deliver: Deliver
+        self,
+        definition: TaskDefinition[..., Any],
+        name: str,
+        label: str,
+        message: bytes,
+        deliver: Deliver,
+        *,
+        is_async: bool = False,
     ) -> Started:
-        """Start a call, from any thread. `label` is the id that its task gets, with a number if it is taken."""
-        tasks: list[asyncio.Task[None]] = []
+        """Start a call, from any thread. `label` is the id that its task gets, with a number if it is taken.
 
-        def begin() -> None:
-            tasks.append(asyncio.create_task(self._drive(definition, name, label, message, deliver)))
+        With `is_async` the caller is a coroutine, and the call starts when all ready coroutines have run.
+        """
+        drive = partial(self._drive, definition, name, label, message, deliver)
+        started = Started(self._loop, deliver, drive, name)
+        self._loop.started()
+        self._starting.append(started)
+        if is_async:
+            # LangGraph makes the coroutines of a superstep ready together, so that one message adds them.
+            asyncio.get_running_loop().call_soon(self._loop.call, self._begin)
+        else:
+            self._loop.call(self._begin)
+        return started
 
-        def cancel_first() -> None:
-            tasks[0].cancel()  # in the thread in which `begin` ran before
-
-        def cancel() -> None:
-            self._is_cancelled = True
-            self._loop.call(cancel_first)
-
-        self._loop.started().call_soon_threadsafe(begin)
-        return Started(cancel)
+    def _begin(self) -> None:
+        while self._starting:
+            self._starting.popleft().begin()
 
     async def _drive(
         self, definition: TaskDefinition[..., Any], name: str, label: str, message: bytes, deliver: Deliver
@@ -142,32 +129,39 @@ class Invocation:
         number = next(self._numbers.setdefault(label, itertools.count(1)))
         task_id = label if number == 1 else f"{label}-{number}"
         self._routes[task_id] = deliver
-        run: AsyncOpenRun | None = None
+        addition = Addition(definition, name, task_id, message)
+        self._additions.add(addition)
         try:
+            task = await asyncio.shield(addition.added)
             run = await self._opened()
-            task = await run.add(definition, {"message": message}, name, task_id=task_id)
             deliver(Ended(await run.output(task)))
         except asyncio.CancelledError:
-            await self._end_cancelled(run, task_id)
+            self._is_cancelled = True
+            if not self._additions.withdraw(addition):
+                await self._end_cancelled(addition)
             deliver(Ended(error=RunError(self.run_id, f"the call of {name!r} was cancelled")))
         except BaseException as error:
             deliver(Ended(error=error))
         finally:
             self._routes.pop(task_id, None)
 
-    async def _end_cancelled(self, run: AsyncOpenRun | None, task_id: str) -> None:
-        if run is None:
-            return
+    async def _end_cancelled(self, addition: Addition) -> None:
         try:
             async with asyncio.timeout(CANCEL_S):
-                await run.cancel_task(task_id)
-                await run.output(task_id)
+                await asyncio.shield(addition.added)  # a task that the server does not have yet cannot be cancelled
+                run = await self._opened()
+                await run.cancel_task(addition.task_id)
+                await run.output(addition.task_id)
         except (LatticeError, TimeoutError):
             pass  # it has ended, or ends with the run
 
     async def _opened(self) -> AsyncOpenRun:
         if self._opening is None:
-            self._opening = asyncio.create_task(self._open())
+            # A connection lasts longer than an invocation, and keeps the context in which it was made.
+            context = contextvars.copy_context()
+            for variable in (current, var_child_runnable_config):
+                context.run(variable.set, None)
+            self._opening = asyncio.create_task(self._open(), context=context)
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> AsyncOpenRun:
@@ -195,6 +189,11 @@ class Invocation:
             await run.close()
         except LatticeError:
             pass  # the calls of the run have raised it, or it concerns nothing that anyone waits for
+
+    @property
+    def must_not_wait(self) -> bool:
+        """Whether this thread must not wait for the run: the collector may end a forgotten generator in any thread."""
+        return self._loop.is_here
 
     def end(self) -> "Future[Any]":
         """End the run, from any thread; the future is done when it has ended."""

@@ -17,7 +17,6 @@ STUB = "__lattice_function__"
 IS_STUB = "__lattice_stub__"
 # Modules that hold bare objects, and a default of nodes, as markers that they compare by identity.
 MARKING = ("langgraph", "langchain_core")
-NAMESPACE = "__pydantic_parent_namespace__"
 
 
 def is_in_attempt() -> bool:
@@ -28,7 +27,7 @@ def is_in_attempt() -> bool:
 
 def reduction(obj: Any) -> Any:
     """Return the reduction of an object; None for one that needs no other than its own."""
-    kind = type(obj)
+    kind: Any = type(obj)
     if kind is object or kind.__name__ == "RunnableCallable":
         name = _marker(id(obj))
         if name is not None or kind is object:
@@ -39,7 +38,29 @@ def reduction(obj: Any) -> Any:
         return proxies.captured, found
     if isinstance(obj, Serializable) and _has_lock(obj):
         return _rebuilt, (kind, {name: getattr(obj, name) for name in obj.model_fields_set})
+    if _answers_all_names(kind):
+        return object.__new__, (kind,), dict(vars(obj)), None, None, _fill
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _answers_all_names(kind: Any) -> bool:
+    """Whether a class computes missing attributes, and does not pickle itself.
+
+    Unpickling looks `__setstate__` up on the empty instance, where such a class often calls itself without end.
+    """
+    computes = any("__getattr__" in vars(base) for base in kind.__mro__)
+    plain: Any = object
+    own = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__")
+    return (
+        computes
+        and kind.__dictoffset__ != 0
+        and all(getattr(kind, name, None) is getattr(plain, name, None) for name in own)
+    )
+
+
+def _fill(made: Any, attributes: dict[str, Any]) -> None:
+    vars(made).update(attributes)
 
 
 def _marker(identity: int) -> tuple[str, str] | None:

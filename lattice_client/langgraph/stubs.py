@@ -8,18 +8,37 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.definition import TaskDefinition, define
-from lattice_client.langgraph import remote
+from lattice_client.langgraph import captures, remote
 from lattice_client.langgraph.calls import Call
-from lattice_client.langgraph.invocation import CANCEL_S, Invocation, Loop, current
+from lattice_client.langgraph.invocation import Invocation, current
+from lattice_client.langgraph.loop import CANCEL_S, Loop
 from lattice_client.langgraph.reductions import STUB, is_in_attempt
 from lattice_client.sync import LatticeClient
+
+# Each invocation of an entrypoint may define new `@task` functions.
+MAX_TASKS = 1024
+
+
+class TaskPlan(Protocol):
+    """Which `@task` functions of an entrypoint run where. `used` are the names that the graph has."""
+
+    @property
+    def local(self) -> frozenset[str]:
+        """The names of those that stay in the process of the graph."""
+
+    @property
+    def used(self) -> set[str]:
+        """The names that the graph has."""
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return the options of the task of a name."""
 
 
 class Runner:
@@ -29,7 +48,7 @@ class Runner:
         self._client = client
         self._cancel_on_disconnect = cancel_on_disconnect
         self._loop = loop
-        self._stubs: dict[int, tuple[Any, Any]] = {}
+        self._stub_of_task = functools.lru_cache(MAX_TASKS)(self._new_task_stub)
 
     def invocation(self, name: str) -> Invocation:
         """Return the invocation of a graph, whose run is opened by its first call."""
@@ -45,12 +64,19 @@ class Runner:
         return define(wrap(function), name=name, **settings)
 
     def stub(
-        self, function: Callable[..., Any], name: str, settings: Mapping[str, Any], *, is_async: bool | None = None
+        self,
+        function: Callable[..., Any],
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        is_async: bool | None = None,
+        stands_for: Any = None,
     ) -> Any:
         """Return the stub of a function; with `is_async` a coroutine function, also for a plain function.
 
-        Raises TaskDefinitionError for a wrong setting.
+        Within an attempt it is `stands_for`, by default the function. Raises TaskDefinitionError for a wrong setting.
         """
+        original = function if stands_for is None else stands_for
         definition = self.definition(function, name, settings)
         is_sandboxed = settings.get("isolation", "none") != "none"
         is_async = is_coroutine_function(function) if is_async is None else is_async
@@ -64,7 +90,7 @@ class Runner:
 
             async def coroutine(*args: Any, **kwargs: Any) -> Any:
                 if is_in_attempt():
-                    found = function(*args, **kwargs)
+                    found = original(*args, **kwargs)
                     return await found if inspect.isawaitable(found) else found
                 invocation = current.get()
                 if invocation is not None:
@@ -80,7 +106,7 @@ class Runner:
 
             def plain(*args: Any, **kwargs: Any) -> Any:
                 if is_in_attempt():
-                    return function(*args, **kwargs)
+                    return original(*args, **kwargs)
                 if (invocation := current.get()) is not None:
                     return call(args, kwargs, False).run(invocation)
                 with own(self.invocation(name)) as invocation:
@@ -88,18 +114,20 @@ class Runner:
 
             stub = plain
 
-        return _like(stub, function, name, definition)
-
-    def task_stub(self, function: Any) -> Any:
-        """Return the stub of a `@task`'s function, always the same for the same function."""
-        original = getattr(function, "__dict__", {}).get(STUB)
-        if original is not None or not callable(function):
-            return function
-        if (found := self._stubs.get(id(function))) is not None:
-            return found[1]
-        stub = self.stub(function, name_of(function), {})
-        self._stubs[id(function)] = function, stub
+        _like(stub, function, name, definition)
+        setattr(stub, STUB, original)
         return stub
+
+    def task_stub(self, function: Any, plan: TaskPlan | None = None) -> Any:
+        """Return the stub of a `@task`'s function, the same for the same function. Raises TaskDefinitionError."""
+        is_stub = getattr(function, "__dict__", {}).get(STUB) is not None
+        key: Any = plan
+        return function if is_stub or not callable(function) else self._stub_of_task(function, key)
+
+    def _new_task_stub(self, function: Any, plan: TaskPlan | None) -> Any:
+        name = name_of(function)
+        captures.check(function, f"task {name!r}")
+        return self.stub(function, name, {} if plan is None else plan.settings(name))
 
 
 @contextmanager
@@ -108,7 +136,9 @@ def own(invocation: Invocation) -> Iterator[Invocation]:
     try:
         yield invocation
     finally:
-        invocation.end().result()
+        ending = invocation.end()
+        if not invocation.must_not_wait:
+            ending.result()
 
 
 async def ended_async(invocation: Invocation) -> None:
@@ -121,15 +151,13 @@ async def ended_async(invocation: Invocation) -> None:
         raise
 
 
-def _like(stub: Any, function: Any, name: str, definition: TaskDefinition[..., Any]) -> Any:
+def _like(stub: Any, function: Any, name: str, definition: TaskDefinition[..., Any]) -> None:
     functools.update_wrapper(stub, function)
     if not hasattr(function, "__name__"):
         stub.__name__ = name
         stub.__qualname__ = type(function).__qualname__
         stub.__module__ = type(function).__module__
-    setattr(stub, STUB, function)
     stub.definition = definition
-    return stub
 
 
 def name_of(function: Any) -> str:
@@ -212,10 +240,11 @@ def _ainvoke(runnable: Runnable[Any, Any]) -> Callable[..., Awaitable[Any]]:
 
 
 def check(stub: Any, what: str) -> None:
-    """Pickle the code of a stub. Raises TaskDefinitionError, which names `what`."""
+    """Pickle the code of a stub. Raises TaskDefinitionError, which names `what`, when it cannot run elsewhere."""
     try:
         stub.definition.pack()
     except TaskDefinitionError as error:
         raise TaskDefinitionError(
             f"{what} cannot run on Lattice: {error}; name it in local=[...] to run it here"
         ) from (error.__cause__)
+    captures.check(getattr(stub, STUB), what)

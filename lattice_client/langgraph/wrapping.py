@@ -8,7 +8,7 @@ from langchain_core.tools import BaseTool
 from langgraph.pregel import Pregel
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.langgraph import reductions
+from lattice_client.langgraph import captures, reductions
 from lattice_client.langgraph.compiling import Plan, compiled, tool_stub
 from lattice_client.langgraph.stubs import RunnableStub, Runner, name_of
 
@@ -27,4 +27,5 @@ def wrapped(runner: Runner, function: Any, settings: Mapping[str, Any]) -> Any:
         return RunnableStub(runner, function, name, options)
     if not callable(function):
         raise TaskDefinitionError(f"a task must be a function, a tool, a Runnable or a graph, not {function!r}")
+    captures.check(function, f"{name!r}")
     return runner.stub(function, name, options)

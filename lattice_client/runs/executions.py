@@ -1,7 +1,7 @@
-"""Owns the stream over which a client starts runs. Rule: what the stream cannot answer is asked by a call.
+"""Owns the stream over which a client starts runs. Rule: when the stream breaks, unary calls take its place.
 
-A message of an open stream costs a fraction of a call. Every request names its run by an id, so that a call can repeat
-what the stream may have sent.
+A message of an open stream costs a fraction of a call. Every request names its run by an id, so that a call can safely
+repeat a request that the stream may have sent.
 """
 
 import itertools
@@ -101,7 +101,7 @@ class Executions:
     async def _send(
         self, request: Request, stream: "_Stream", *, is_alone: bool = False
     ) -> tuple[Response | None, Execution | None]:
-        """Send a request; return its first answer and what is to come. None when a call has to be made."""
+        """Send a request; return its first answer and its execution. None when a unary call has to be made."""
         if len(stream.waiting) >= MAX_WAITING:
             return None, None
         execution = stream.send(request, self._channel.mailbox(), is_alone=is_alone)
@@ -140,7 +140,7 @@ class Executions:
 
 
 class _Stream:
-    """One stream. `waiting` has what was sent and not answered for the last time, by number."""
+    """One stream. `waiting` has the requests without a last answer, by number."""
 
     def __init__(self, call: BidiCall[Request, Response]) -> None:
         self._call = call

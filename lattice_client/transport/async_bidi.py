@@ -55,21 +55,30 @@ class AsyncSteps(Steps):
         self._loop = asyncio.get_running_loop()
         # Only callers whose condition is true are woken: thousands may wait for the tasks of one run.
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
-        self._stepping = asyncio.create_task(self._step_until_last(step))
-        self._stepping.add_done_callback(lambda _: self.wake())
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._stepping: asyncio.Task[None] | None = asyncio.create_task(self._step_until_last(step))
+        self._stepping.add_done_callback(self._end)
 
     async def _step_until_last(self, step: Callable[[], Awaitable[bool]]) -> None:
         while await step():
             self.wake()
+
+    def _end(self, stepping: "asyncio.Task[None]") -> None:
+        if not stepping.cancelled():
+            self._error = stepping.exception()
+        # A task keeps its context, whose variables may refer to the run, and the finalizer of the run refers to this.
+        self._is_over, self._stepping = True, None
+        self.wake()
 
     async def until(self, is_ready: Callable[[], bool]) -> None:
         """Wait until a condition is true or the last step was made."""
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError("an open run belongs to the event loop it was opened on: use it there")
         while not is_ready():
-            if self._stepping.done():
-                if not self._stepping.cancelled():
-                    self._stepping.result()
+            if self._is_over:
+                if self._error is not None:
+                    raise self._error
                 return
             waiter = self._loop.create_future()
             self._waiting[waiter] = is_ready
@@ -80,12 +89,11 @@ class AsyncSteps(Steps):
 
     def wake(self) -> None:
         """Wake the waiting callers whose condition is true, and all of them after the last step."""
-        is_over = self._stepping.done()
         for waiter, is_ready in self._waiting.items():
-            if not waiter.done() and (is_over or is_ready()):
+            if not waiter.done() and (self._is_over or is_ready()):
                 waiter.set_result(None)
 
     def stop(self) -> None:
         """Make no further step."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stepping.cancel)
+        if (stepping := self._stepping) is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(stepping.cancel)

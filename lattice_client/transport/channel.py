@@ -206,7 +206,7 @@ class Channel(ABC):
         """Run a coroutine beside the caller: in a task of the event loop, or in a thread of its own."""
 
     def kept(self) -> dict[Any, Any]:
-        """Return what is kept as long as the connection of the current thread or event loop. Raises as `call`."""
+        """Return the objects whose lifetime is the connection of the current thread or event loop. Raises as `call`."""
         return self._stubs().kept
 
     @abstractmethod

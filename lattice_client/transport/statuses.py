@@ -49,6 +49,8 @@ HANDSHAKES = {
     "Expected SETTINGS frame|Failed parsing HTTP/2|http1": "the port is open and speaks another protocol than gRPC, "
     "such as HTTP/1: check the port",
 }
+# How gRPC begins the text of a connection that was refused; the message has the target already.
+ADDRESS = re.compile(r"^(?:ipv4|ipv6|unix):\S+: Failed to connect to remote host: ")
 START = "start a server with `lattice start --head`, or check the address"
 
 
@@ -107,6 +109,6 @@ def _is_local(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _cause(text: str) -> str:
-    """Return the last error of a failed connection, in one line and without its status."""
+    """Return the last error of a failed connection, in one line and without its status and its address."""
     lines = text.partition("last error:")[2].splitlines() or text.splitlines() or [text]
-    return lines[0].strip().removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ")
+    return ADDRESS.sub("", lines[0].strip().removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: "))

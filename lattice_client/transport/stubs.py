@@ -19,7 +19,7 @@ from lattice_client.transport.tracing import Headers, trace_headers, uninstrumen
 
 
 class Stubs:
-    """The stubs on one channel, and what is `kept` as long as they are.
+    """The stubs on one channel; `kept` has objects with the lifetime of the channel.
 
     The stubs of a blocking channel are typed as if their calls could be awaited.
     """

@@ -9,7 +9,7 @@ Variables = tuple[tuple[str, str], ...]
 
 @frozen
 class Environment:
-    """The variables of an attempt by name and value; `secrets` are the names of those that are secrets."""
+    """The variables of an attempt by name and value; `secrets` names the variables that are secret."""
 
     variables: Variables = field(default=(), repr=False)
     secrets: tuple[str, ...] = ()

@@ -62,7 +62,7 @@ class MessageBus:
 
     def wake(self) -> None:
         """End the present or the next `wait`, from any thread."""
-        # The waiter clears the flag before it looks at the inbox, so that what was posted before is seen.
+        # The waiter clears the flag before it looks at the inbox, so that events posted before are seen.
         if not self._is_woken:
             self._is_woken = True
             self._wakes.put(None)

@@ -19,7 +19,7 @@ class Requirements:
     def check(self, tasks: Iterable[TaskSpec], given: Mapping[str, str], tenant: str) -> None:
         """Raise InvalidError when a task of a tenant names a secret, or a service, that there is not.
 
-        Secrets are those that are `given`, and those that the server has for the tenant.
+        A secret is one of the `given` ones, or one that the server has for the tenant.
         """
         for index, spec in enumerate(tasks):
             for variable, name in spec.secrets:

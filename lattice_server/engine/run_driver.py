@@ -184,7 +184,7 @@ class RunDriver:
         """Have a run submit more of its tasks."""
         entry.is_continuing = False
         with self.change(entry) as perform:
-            perform(entry.run.go_on(time.monotonic()))
+            perform(entry.run.proceed(time.monotonic()))
 
     def _end(self, entry: RunEntry) -> None:
         if entry.ended_s is None:

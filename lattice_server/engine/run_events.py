@@ -1,4 +1,4 @@
-"""Tells runs what the scheduler reports about their tasks.
+"""Passes the scheduler's reports about tasks to their runs.
 
 Rule: the events of a run that come together change it one after the other, and their effects are carried out together.
 """

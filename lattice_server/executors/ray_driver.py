@@ -63,7 +63,7 @@ class Driver:
         if order["address"] == "local" and not address.startswith(f"{order['node_ip']}:"):
             raise RuntimeError(f"Ray {ray.__version__} cannot be bound to {order['node_ip']}; use --executor local")
         total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        self.say("started", address=address, total=total)
+        self.report("started", address=address, total=total)
 
     async def run(self, is_owner: bool) -> None:
         """Carry out orders until the server closes stdin."""
@@ -91,7 +91,7 @@ class Driver:
             host = self._hosts[key] = await asyncio.to_thread(_placed, order, self._groups[key])
             # It waits until Ray has room for the reservation; meanwhile Ray's autoscaler sees it.
             pid = await asyncio.wrap_future(host.pid.remote().future())
-            self.say("placed", key=key, worker_id=worker_id, pid=pid)
+            self.report("placed", key=key, worker_id=worker_id, pid=pid)
             arguments = (order["flags"], order["target"], order["environment"], order["follows_node"])
             status = await asyncio.wrap_future(host.serve.remote(*arguments).future())
             reason = f"its process ended with status {status}"
@@ -101,7 +101,7 @@ class Driver:
             reason = f"Ray still has the one before it: {error}"
         if host is not None:
             ray.kill(host)
-        self.say("ended", key=key, worker_id=worker_id, status=status, reason=reason)
+        self.report("ended", key=key, worker_id=worker_id, status=status, reason=reason)
 
     def _release(self, key: str) -> None:
         if serving := self._serving.pop(key, None):
@@ -124,11 +124,11 @@ class Driver:
                 asyncio.get_running_loop().add_reader(descriptor, self._end, f"Ray's {name} ended")
 
     def _end(self, reason: str) -> None:
-        self.say("over", reason=reason)
+        self.report("over", reason=reason)
         # A normal exit would wait for Ray, which is gone.
         os._exit(1)
 
-    def say(self, event: str, **details: Any) -> None:
+    def report(self, event: str, **details: Any) -> None:
         """Tell the server that something happened."""
         with contextlib.suppress(BrokenPipeError):
             self._messages.write(json.dumps({"event": event, **details}).encode() + b"\n")
@@ -169,7 +169,7 @@ def main() -> None:
         # On the main thread: what Ray starts ends with the thread that started it.
         driver.start_ray(first)
     except Exception as error:
-        driver.say("over", reason=f"Ray did not start: {_one_line(error)}")
+        driver.report("over", reason=f"Ray did not start: {_one_line(error)}")
         sys.exit(1)
     # From here on the driver stops at the end of stdin; the signal that comes with it would interrupt the cleanup.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -42,15 +42,15 @@ class Exchange:
         self._store = ""
         self._hosts: dict[str, Any] = {}
 
-    def serve(self, door: socket.socket) -> None:
+    def serve(self, connection: socket.socket) -> None:
         """Serve the requests of the worker at the other end until it is gone."""
-        with door, door.makefile("rb") as lines:
+        with connection, connection.makefile("rb") as lines:
             for line in lines:
                 wanted = json.loads(line)
                 if "store" in wanted:
                     self._store = wanted["store"]
                 else:
-                    threading.Thread(target=self._answer, args=(door, wanted), daemon=True).start()
+                    threading.Thread(target=self._answer, args=(connection, wanted), daemon=True).start()
 
     def read(self, artifact_id: str, offset: int) -> "Part":
         """Return a part of an artifact of this node's store. Raises FileNotFoundError."""
@@ -65,20 +65,20 @@ class Exchange:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return Part(memoryview(whole)[offset : offset + PART_BYTES])
 
-    def _answer(self, door: socket.socket, wanted: dict[str, Any]) -> None:
-        def say(**more: str) -> None:
+    def _answer(self, connection: socket.socket, wanted: dict[str, Any]) -> None:
+        def reply(**more: str) -> None:
             # Small enough to be sent in one piece, even while other threads send.
-            door.sendall(json.dumps({"id": wanted["id"], **more}).encode() + b"\n")
+            connection.sendall(json.dumps({"id": wanted["id"], **more}).encode() + b"\n")
 
         with contextlib.suppress(OSError):  # the worker is gone
             try:
                 for _ in self._fetched_again(wanted):
-                    say()
+                    reply()
                 why = ""
             except (ray.exceptions.RayError, ValueError, OSError) as error:
                 self._hosts.pop(wanted["node"], None)
                 why = str(error) or type(error).__name__
-            say(end=why[-WHY_CHARACTERS:])
+            reply(end=why[-WHY_CHARACTERS:])
 
     def _fetched_again(self, wanted: dict[str, Any]) -> Iterator[None]:
         """Do what `_fetched` does, once more when the host that was known of the node is gone."""

@@ -14,5 +14,7 @@ def locked(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise JournalLockedError(f"another server uses the journal in {folder}") from error
+        raise JournalLockedError(
+            f"another server, or a `lattice journal` command, uses the journal in {folder}"
+        ) from error
     return descriptor

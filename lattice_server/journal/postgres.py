@@ -30,9 +30,10 @@ from lattice_server.journal.cells import Cells
 from lattice_server.journal.database import Row
 from lattice_server.journal.failpoints import failpoint
 from lattice_server.journal.group_commit import GroupCommit, Limits
-from lattice_server.journal.postgres_schema import migrate
+from lattice_server.journal.postgres_schema import MIGRATIONS, migrate
 from lattice_server.journal.record_reader import RecordReader
 from lattice_server.journal.record_writer import RecordWriter
+from lattice_server.journal.stopped import StoppedJournal, check_version
 from lattice_server.journal.uses import Changes
 
 DISK_FULL = "53100"
@@ -67,9 +68,9 @@ class PostgresBackend:
 
     def __init__(self, settings: PostgresSettings) -> None:
         self._settings = settings
-        self._database = self._connected()
+        self._database = connected(settings)
         try:
-            self._lock()
+            lock(self._database, settings.schema)
             migrate(self._database)
             self._writer = RecordWriter(self._database, Cells(None), settings.retention)
             failpoint("open.before_epoch")
@@ -110,7 +111,7 @@ class PostgresBackend:
     @contextmanager
     def reader(self) -> Iterator[JournalReader]:
         """See `Journal`."""
-        database = self._connected()
+        database = connected(self._settings)
         try:
             yield RecordReader(database, Cells(None))
         finally:
@@ -118,7 +119,7 @@ class PostgresBackend:
 
     def sizes(self) -> FileSizes:
         """See `Backend`."""
-        database = self._connected()
+        database = connected(self._settings)
         try:
             ((size,),) = database.execute(
                 "SELECT SUM(pg_total_relation_size(c.oid)) FROM pg_class c WHERE c.relkind = 'r' AND "
@@ -134,24 +135,6 @@ class PostgresBackend:
         with suppress(JournalError):
             self._database.execute("SELECT pg_advisory_unlock_all()")
         self._database.close()
-
-    def _connected(self) -> "PostgresDatabase":
-        try:
-            connection = psycopg.connect(self._settings.database, autocommit=True)
-            name = sql.Identifier(self._settings.schema)
-            with suppress(psycopg.errors.UniqueViolation):  # Another one made it at the same moment.
-                connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(name))
-            connection.execute(sql.SQL("SET search_path TO {}").format(name))
-        except psycopg.Error as error:
-            raise translated(error) from error
-        return PostgresDatabase(connection)
-
-    def _lock(self) -> None:
-        ((is_locked,),) = self._database.execute(
-            "SELECT pg_try_advisory_lock(hashtext(?), hashtext(?))", ("lattice.journal", self._settings.schema)
-        )
-        if not is_locked:
-            raise JournalLockedError(f"another server uses the journal in schema {self._settings.schema!r}")
 
 
 class PostgresDatabase:
@@ -192,6 +175,52 @@ class PostgresDatabase:
     def close(self) -> None:
         """See `Database`."""
         self._connection.close()
+
+
+@contextmanager
+def stopped_postgres(settings: PostgresSettings) -> Iterator[StoppedJournal]:
+    """Open a journal that no server has open, to read it.
+
+    Raises:
+        JournalLockedError: a server has it open.
+        JournalVersionError: a server of another version wrote it.
+        JournalError: there is none.
+    """
+    database = connected(settings, is_reader=True)
+    try:
+        if not database.execute("SELECT to_regclass('meta')")[0][0]:
+            raise JournalError(f"there is no journal in schema {settings.schema!r} of this database")
+        lock(database, settings.schema)
+        ((version,),) = database.execute("SELECT value FROM meta WHERE key = 'version'")
+        check_version(version, len(MIGRATIONS))
+        yield StoppedJournal(database, RecordReader(database, Cells(None)))
+    finally:
+        database.close()
+
+
+def connected(settings: PostgresSettings, *, is_reader: bool = False) -> PostgresDatabase:
+    """Connect to the schema of a journal, which is made unless it is only read. Raises JournalError."""
+    name = sql.Identifier(settings.schema)
+    try:
+        connection = psycopg.connect(settings.database, autocommit=True)
+        if not is_reader:
+            with suppress(psycopg.errors.UniqueViolation):  # Another one made it at the same moment.
+                connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(name))
+        connection.execute(sql.SQL("SET search_path TO {}").format(name))
+    except psycopg.Error as error:
+        raise translated(error) from error
+    return PostgresDatabase(connection)
+
+
+def lock(database: PostgresDatabase, schema: str) -> None:
+    """Lock a journal for as long as a connection lasts. Raises JournalLockedError."""
+    ((is_locked,),) = database.execute(
+        "SELECT pg_try_advisory_lock(hashtext(?), hashtext(?))", ("lattice.journal", schema)
+    )
+    if not is_locked:
+        raise JournalLockedError(
+            f"another server, or a `lattice journal` command, uses the journal in schema {schema!r}"
+        )
 
 
 def translated(error: psycopg.Error) -> JournalError:

@@ -43,6 +43,9 @@ from lattice_server.journal.sqlite_database import (
 from lattice_server.journal.uses import Changes
 
 MIB = 1024 * 1024
+# The names in the folder.
+DATABASE = "journal.sqlite"
+VALUES = "values"
 LARGE_LOG = 8  # A log of so many times `checkpoint_bytes` is truncated even under load.
 COMMIT_BYTES = 4 * PAGE_BYTES  # About how much a commit adds to the log besides its values.
 
@@ -86,7 +89,7 @@ class SqliteBackend:
 
     def __init__(self, folder: Path, settings: SqliteSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path = folder / "journal.sqlite"
+        self._path = folder / DATABASE
         self._lock = locked(folder)
         self._settings = settings
         with ExitStack() as opening:
@@ -95,7 +98,7 @@ class SqliteBackend:
                 self._space = DiskSpace(folder, settings.reserve_bytes)
                 self._database = opened(self._path, settings.connect, settings.sync)
                 opening.callback(self._database.close)
-                self._files = Files(folder / "values")
+                self._files = Files(folder / VALUES)
                 self._cells = Cells(self._files)
                 self._writer = RecordWriter(self._database, self._cells, settings.retention)
                 self.opened = self._begin_epoch()

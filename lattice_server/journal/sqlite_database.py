@@ -92,6 +92,8 @@ def translated(error: Exception) -> Exception:
     """Return the error of a journal that an exception of SQLite stands for; others are returned as they are."""
     # By the standard library, and by apsw.
     code = getattr(error, "sqlite_errorcode", None) or getattr(error, "extendedresult", None)
+    if code is None and isinstance(error, UnicodeDecodeError | sqlite3.OperationalError):
+        return JournalDamagedError(f"the file is damaged: a text in it cannot be decoded: {error}")
     if isinstance(error, JournalError) or code is None:
         return error
     match code & 0xFF:

@@ -28,11 +28,13 @@ class Certificates:
         fetch: Callable[[], Any] = self._fetch
         return grpc.dynamic_ssl_server_credentials(_configuration(self._tls), fetch, is_asking)
 
-    async def follow(self) -> None:
+    async def reload_on_change(self) -> None:
         """Read the files again whenever one of them changes; never returns. Files that do not match are not used."""
-        await asyncio.gather(*(self._follow(number) for number, file in enumerate(self._tls.files) if file is not None))
+        await asyncio.gather(
+            *(self._reload_on_change(number) for number, file in enumerate(self._tls.files) if file is not None)
+        )
 
-    async def _follow(self, number: int) -> None:
+    async def _reload_on_change(self, number: int) -> None:
         file = self._tls.files[number]
         assert file is not None
         try:

@@ -185,7 +185,7 @@ JOURNAL_LAG = _histogram(
     "lattice.journal.lag",
     "s",
     (),
-    "Time until a record was durable, of the one that waited longest in each commit.",
+    "Time until the oldest record of a commit was durable.",
     SHORT_S,
 )
 JOURNAL_RECORDS = _counter("lattice.journal.records", "{record}", (), "Records that are durable.")

@@ -13,7 +13,7 @@ import psutil
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Not public either, whatever a version of Python says; by some of them clouds offer a machine its keys.
+# Not public either, although some versions of Python call them so. Some clouds serve a machine its keys at one of them.
 INNER = tuple(
     map(
         ipaddress.ip_network,
@@ -56,7 +56,7 @@ def plain(address: Address) -> Address:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     if address.sixtofour is not None:
         return address.sixtofour
-    # Teredo: what is connected to is the client at the end of the tunnel.
+    # Teredo: the connection reaches the client at the end of the tunnel.
     return address.teredo[1] if address.teredo is not None else address
 
 

@@ -19,7 +19,7 @@ from lattice_worker.sandbox.policy import INTERPRETER_ENVIRONMENT
 MODULE = "lattice_worker.egress.process"
 REPLY_BYTES = 256 * 1024
 CLOSE_S = 10.0
-# For those that resolve names in another way than the system's.
+# Also the variables that configure the system's resolver of names.
 ENVIRONMENT = INTERPRETER_ENVIRONMENT | {"PATH", "LANG", "RES_OPTIONS", "LOCALDOMAIN"}
 Access = dict[str, Any]
 

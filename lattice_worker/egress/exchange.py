@@ -1,7 +1,7 @@
-"""One request of HTTP that is passed on, and its answer.
+"""One forwarded request of HTTP, and its answer.
 
-Rule: h11 reads both, and what is passed on is written anew: what two programs read differently does not pass. There is
-one request a connection, so that none follows that was not checked.
+Rule: h11 parses both and writes them anew, so that no bytes pass that the server could parse in another way than the
+proxy. There is one request a connection, so that no unchecked request follows.
 """
 
 import asyncio

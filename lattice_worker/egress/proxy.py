@@ -1,7 +1,7 @@
-"""The proxy of one attempt: takes its connections, and passes to servers that are listed what is TLS or HTTP.
+"""The proxy of one attempt: takes its connections, and forwards TLS and HTTP to the listed servers.
 
 Rule: a connection reaches a server only after its name was found in the list, and TLS or HTTP named the same server.
-What comes from the sandbox is hostile: each step has a limit of size and of time, and a slow side slows the other.
+Data from the sandbox is hostile: each step has a limit of size and of time, and a slow side slows the other.
 """
 
 import asyncio

@@ -29,7 +29,7 @@ class SandboxNetwork:
         return theirs
 
     def missing(self) -> list[str]:
-        """Take the listening sockets of a process that has sealed itself; return what is missing, for people."""
+        """Take the listening sockets of a process that has sealed itself; return the missing ones, for people."""
         if self._agent is not None:
             with self._agent:
                 self._listeners = received(self._agent, self._servers)
@@ -43,7 +43,7 @@ class SandboxNetwork:
             self.connection = self._egress.open(self._servers, endpoints(self._servers), given, on_access, on_lost)
 
     def close(self) -> None:
-        """Close what the process handed over, unless it is served."""
+        """Close the sockets of the process, unless the proxy serves them."""
         if self._agent is not None:
             self._agent.close()
             self._agent = None

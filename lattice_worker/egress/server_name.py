@@ -7,7 +7,7 @@ MAX_HELLO_BYTES = 64 * 1024
 
 
 class HelloError(Exception):
-    """What was sent is no TLS hello; the message says why."""
+    """The client sent no TLS hello; the message says why."""
 
 
 class HelloReader:
@@ -27,7 +27,7 @@ class HelloReader:
         return ssl.ALERT_DESCRIPTION_USER_CANCELLED  # Ends the handshake here.
 
     def feed(self, data: bytes) -> str | None:
-        """Take what the client sent next; return the server it asks for once that is known, empty for none.
+        """Take the next bytes of the client; return the server in its TLS hello once that is known, empty for none.
 
         Raises HelloError.
         """

@@ -78,7 +78,8 @@ class Peer:
         async with asyncio.timeout(REFUSE_S):
             await self.send(head.encode() + body)
             self.end()
-            # What the client still sends is read, or the kernel would reset the connection before it reads the answer.
+            # Read the rest of the client's bytes, or the kernel would reset the connection before the client reads the
+            # answer.
             while await self.receive():
                 pass
 

@@ -156,7 +156,7 @@ class Proxy:
                     self._permits.end(permit, sent.usage.tokens(estimate))
                 else:
                     self._permits.refuse(permit, sent.limited.retry_after_s)
-        raise AssertionError("the caller gets the last answer, whatever it is")
+        raise AssertionError("the caller gets the last answer")
 
     async def _pass(self, request: web.Request, service: str, sent: Sent) -> web.StreamResponse:
         """Pass a request to an instance; to another one when the first does not answer."""

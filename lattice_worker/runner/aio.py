@@ -65,7 +65,7 @@ class _Invocations:
     def start(self) -> None:
         """Serve the agent from the next iteration of the loop on."""
         signals.keep_apart(self._loop)
-        starting.follow()
+        starting.track_children()
         threading.Thread(target=self._read, daemon=True).start()
         self._channel.send({"kind": "ready"})
 

@@ -52,7 +52,8 @@ class Encoder:
         except MemoryError:
             raise
         except BaseException as error:  # SystemExit too: pickling runs code of the value's own.
-            raise PayloadError(refusal(f"output {name!r}", value, error)) from error
+            text = refusal(f"output {name!r}", value, error)
+            raise PayloadError(f"{text}; return data instead, such as texts, numbers, lists or dicts") from error
         return self.store(media_type, parts)
 
     def store(self, media_type: str, parts: list[Any]) -> dict[str, Any]:

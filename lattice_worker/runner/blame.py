@@ -18,10 +18,10 @@ def refusal(what: str, value: Any, error: BaseException, dump: Callable[[Any], o
     It runs code of the value's own, which has failed before.
 
     Args:
-        what: what the value is, such as an output by name.
+        what: a description of the value, such as an output by name.
         value: the value.
         error: why it cannot be pickled.
-        dump: what raises for a part of it that cannot be pickled.
+        dump: raises for a part of it that cannot be pickled.
     """
     path, found = _path(value, dump)
     return f"{', '.join([what, *path])} ({type_name(type(found))}) cannot be pickled: {message_of(error)}"

@@ -2,9 +2,9 @@
 
 A frame is a JSON header, with integers of at most 64 bits, and blobs whose lengths the header lists under `blobs`;
 payloads name a blob by its index, or a file by its path. A frame travels in packets of at most `PACKET_BYTES`. The
-first byte of a packet says whether it is a whole frame or the first, a middle or the last part of one. The kernel
-delivers packets whole. Bytes that user code writes to the socket are therefore a packet of their own: the agent finds
-them to be wrong, and they cannot hide where the next frame begins.
+first byte of a packet says whether it is a whole frame, several whole ones, each after its length, or the first, a
+middle or the last part of one. The kernel delivers packets whole. Bytes that user code writes to the socket are
+therefore a packet of their own: the agent finds them to be wrong, and they cannot hide where the next frame begins.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
 PACKET_BYTES = 128 * 1024
 MAX_FRAME_BYTES = 512 * 1024 * 1024
-WHOLE, FIRST, MIDDLE, LAST = b"\1", b"\2", b"\3", b"\4"
+WHOLE, FIRST, MIDDLE, LAST, SEVERAL = b"\1", b"\2", b"\3", b"\4", b"\5"
 LENGTH = struct.Struct("<I")
 EVERY_SIGNAL = frozenset(range(1, signal.NSIG)) - {signal.SIGKILL, signal.SIGSTOP, 32, 33}  # glibc keeps 32 and 33.
 
@@ -40,6 +40,30 @@ def packets_of(header: dict[str, Any], blobs: Sequence[bytes]) -> list[bytes]:
         return [WHOLE + frame]
     parts = [frame[start : start + step] for start in range(0, len(frame), step)]
     return [FIRST + parts[0], *(MIDDLE + part for part in parts[1:-1]), LAST + parts[-1]]
+
+
+def joined(packets: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield packets that have the same frames in the same order, with whole frames that follow each other in one."""
+    together: list[bytes] = []
+    size = 1
+    for packet in packets:
+        is_whole, added = packet[:1] == WHOLE, LENGTH.size + len(packet) - 1
+        if together and not (is_whole and size + added <= PACKET_BYTES):
+            yield _several(together)
+            together, size = [], 1
+        if is_whole:
+            together.append(packet)
+            size += added
+        else:
+            yield packet
+    if together:
+        yield _several(together)
+
+
+def _several(packets: list[bytes]) -> bytes:
+    if len(packets) == 1:
+        return packets[0]
+    return SEVERAL + b"".join(LENGTH.pack(len(packet) - 1) + packet[1:] for packet in packets)
 
 
 def parse(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -73,13 +97,15 @@ class Assembler:
         self._parts: list[bytes] = []
         self._size = 0
 
-    def feed(self, packet: bytes) -> bytes | None:
-        """Take a packet; return the frame it completes. Raises ProtocolError."""
+    def feed(self, packet: bytes) -> Sequence[bytes]:
+        """Take a packet; return the frames it completes. Raises ProtocolError."""
         kind = packet[:1]
-        if kind in {WHOLE, FIRST} if self._parts else kind in {MIDDLE, LAST}:
+        if kind in {WHOLE, SEVERAL, FIRST} if self._parts else kind in {MIDDLE, LAST}:
             raise ProtocolError("a packet is not the next part of a frame")
         if kind == WHOLE:
-            return packet[1:]
+            return (packet[1:],)
+        if kind == SEVERAL:
+            return _divided(packet)
         if kind not in {FIRST, MIDDLE, LAST}:
             raise ProtocolError("a packet is of no known kind")
         self._parts.append(packet[1:])
@@ -87,9 +113,20 @@ class Assembler:
         if self._size > self._limit_bytes:
             raise FrameTooLargeError(f"a frame has more than {self._limit_bytes} bytes")
         if kind != LAST:
-            return None
+            return ()
         frame, self._parts, self._size = b"".join(self._parts), [], 0
-        return frame
+        return (frame,)
+
+
+def _divided(packet: bytes) -> list[bytes]:
+    frames, offset = [], 1
+    while offset < len(packet):
+        start = offset + LENGTH.size
+        offset = start + int.from_bytes(packet[offset:start], "little")
+        frames.append(packet[start:offset])
+    if offset != len(packet):
+        raise ProtocolError("a packet of several frames is not as long as it says")
+    return frames
 
 
 class Channel:
@@ -141,5 +178,5 @@ class Channel:
         assembler = Assembler()
         with contextlib.suppress(ConnectionResetError):
             while packet := self._sock.recv(PACKET_BYTES):
-                if (frame := assembler.feed(packet)) is not None:
+                for frame in assembler.feed(packet):
                     yield parse(frame)

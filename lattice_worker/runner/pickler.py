@@ -33,6 +33,7 @@ BLANK = "<dynamic-code>"
 STANDARD = os.path.dirname(os.__file__)
 NAMES = re.compile(r"[^\W\d]\w*")
 MAX_SOURCE_BYTES = 256 * 1024
+PARENT_NAMESPACE = "__pydantic_parent_namespace__"
 
 
 def _named(rebuild: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -141,7 +142,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             # The cells themselves instead of copies, so that functions still share variables.
             return make, (*args[:-1], obj.__closure__), *rest
         if make.__name__ == "_make_skeleton_class":
-            return make, _class(obj, *args), *rest
+            (attributes, *more), *others = rest
+            if PARENT_NAMESPACE in attributes and getattr(obj, "__pydantic_complete__", False):
+                # The variables of the function that made the class; only an incomplete class looks names up there.
+                del attributes[PARENT_NAMESPACE]
+            return make, _class(obj, *args), (attributes, *more), *others
         return reduced
 
 

@@ -30,12 +30,12 @@ class Shared(Baseline):
         self.is_changed = False  # Set by others too that find something changed.
         self._is_mixed = False
         super().__init__()
-        self._follow_moves()
-        # These cannot be asked as cheaply as they can be followed.
-        os.umask = self._following(os.umask)
-        locale.setlocale = self._following(locale.setlocale)
-        signal.pthread_sigmask = self._following(signal.pthread_sigmask)
-        resource.setrlimit = self._following(resource.setrlimit)
+        self._wrap_moves()
+        # These cannot be asked as cheaply as they can be wrapped.
+        os.umask = self._noting(os.umask)
+        locale.setlocale = self._noting(locale.setlocale)
+        signal.pthread_sigmask = self._noting(signal.pthread_sigmask)
+        resource.setrlimit = self._noting(resource.setrlimit)
 
     def capture(self) -> None:
         """Take the process as it is now for what coroutines shall find, as soon as only modules have changed it."""
@@ -102,7 +102,7 @@ class Shared(Baseline):
             id(asyncio.get_event_loop_policy()),
         ]
 
-    def _following(self, change: Callable[..., Any]) -> Any:
+    def _noting(self, change: Callable[..., Any]) -> Any:
         @functools.wraps(change)
         def change_here(*args: Any, **settings: Any) -> Any:
             self.is_changed = True
@@ -110,8 +110,8 @@ class Shared(Baseline):
 
         return change_here
 
-    def _follow_moves(self) -> None:
-        def followed(move: Callable[[Any], None]) -> Callable[[Any], None]:
+    def _wrap_moves(self) -> None:
+        def wrapped(move: Callable[[Any], None]) -> Callable[[Any], None]:
             @functools.wraps(move)
             def move_here(path: Any) -> None:
                 move(path)
@@ -119,4 +119,4 @@ class Shared(Baseline):
 
             return move_here
 
-        os.chdir, os.fchdir = followed(os.chdir), followed(os.fchdir)  # type: ignore[assignment]
+        os.chdir, os.fchdir = wrapped(os.chdir), wrapped(os.fchdir)  # type: ignore[assignment]

@@ -18,7 +18,7 @@ FORK_EXEC = {1: 9, 2: 11}
 SHARED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
-def follow() -> None:
+def track_children() -> None:
     """Have children that attempts start be theirs, and write to a pipe of theirs where they would inherit a stream."""
     listener, owner = Listener(), os.getpid()
 
@@ -26,12 +26,12 @@ def follow() -> None:
         attempt = here()
         return None if attempt is None or os.getpid() != owner else family_of(attempt, listener)
 
-    _follow_popen(family)
-    _follow_forks(family)
-    _follow_spawns(family)
+    _wrap_popen(family)
+    _wrap_forks(family)
+    _wrap_spawns(family)
 
 
-def _follow_popen(find: Callable[[], Family | None]) -> None:
+def _wrap_popen(find: Callable[[], Family | None]) -> None:
     init, system = subprocess.Popen.__init__, os.system
 
     @functools.wraps(init)
@@ -66,7 +66,7 @@ def _follow_popen(find: Callable[[], Family | None]) -> None:
     os.system = system_here
 
 
-def _follow_forks(find: Callable[[], Family | None]) -> None:
+def _wrap_forks(find: Callable[[], Family | None]) -> None:
     def enter_child(family: Family, streams: dict[int, int]) -> None:
         os.environ[MARK] = family.mark
         for descriptor, write in streams.items():
@@ -100,8 +100,8 @@ def _follow_forks(find: Callable[[], Family | None]) -> None:
     os.fork, os.forkpty = fork_here, forkpty_here
 
 
-def _follow_spawns(find: Callable[[], Family | None]) -> None:
-    def followed(spawn: Callable[..., int]) -> Callable[..., int]:
+def _wrap_spawns(find: Callable[[], Family | None]) -> None:
+    def wrapped(spawn: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(spawn)
         def spawn_here(
             path: Any, argv: Any, env: Any, *, file_actions: Sequence[Any] | None = None, **settings: Any
@@ -132,5 +132,5 @@ def _follow_spawns(find: Callable[[], Family | None]) -> None:
         note(family, pid)
         return pid
 
-    os.posix_spawn, os.posix_spawnp = followed(os.posix_spawn), followed(os.posix_spawnp)
+    os.posix_spawn, os.posix_spawnp = wrapped(os.posix_spawn), wrapped(os.posix_spawnp)
     _posixsubprocess.fork_exec = fork_exec_here

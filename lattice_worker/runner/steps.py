@@ -25,7 +25,7 @@ def mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
 
     os.register_at_fork(after_in_child=note_fork)
 
-    def followed(trace: Callable[[Any], None]) -> Callable[[Any], None]:
+    def wrapped(trace: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(trace)
         def trace_here(function: Any) -> None:
             nonlocal is_traced
@@ -35,7 +35,7 @@ def mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
         return trace_here
 
     settrace, setprofile = sys.settrace, sys.setprofile
-    sys.settrace, sys.setprofile = followed(settrace), followed(setprofile)
+    sys.settrace, sys.setprofile = wrapped(settrace), wrapped(setprofile)
 
     def run_marked(self: asyncio.Handle) -> None:
         nonlocal is_traced

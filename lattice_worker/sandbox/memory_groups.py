@@ -1,7 +1,7 @@
 """Control groups (cgroups) by which the kernel limits the memory of sandboxes, version 1 or 2.
 
-Rule: groups are made only below a group that was delegated: the one that `LATTICE_CGROUP` names, or in version 2 the
-one above the agent's own when systemd has marked it. Each agent has a folder there that it locks; the next agent
+Rule: groups are made only below a delegated group: the group that `LATTICE_CGROUP` names, or in version 2 the parent of
+the agent's own group when systemd has marked it. Each agent has a folder there that it locks; the next agent
 removes the folders of agents that have ended.
 """
 
@@ -85,9 +85,9 @@ class MemoryGroups:
 
     @classmethod
     async def open(cls, named: str | None) -> "MemoryGroups | None":
-        """Return the groups below the one that is `named`, or that is found; None for an empty name.
+        """Return the groups below the `named` group, or else below a delegated one; None for an empty name.
 
-        Raises GroupError when there can be none below the one that is named.
+        Raises GroupError when no groups can be made below the named group.
         """
         base = _base() if named is None else Path(named) if named else None
         if base is None:

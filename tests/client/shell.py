@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 
 from lattice_client import LatticeClient, Run, task
 from lattice_client.cli.main import main
+from tests.commands import LATTICE
 
-LATTICE = str(Path(sys.executable).parent / "lattice")
 WAIT_S = 60
 
 

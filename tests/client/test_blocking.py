@@ -1,5 +1,5 @@
-"""The synchronous client: its calls run in the caller's thread, one thread reads the answers to runs, and nothing stays
-behind of what is not waited for."""
+"""The synchronous client: its calls run in the caller's thread, one thread reads the answers to runs, and calls that
+the caller does not wait for leave nothing behind."""
 
 import asyncio
 import gc

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from lattice_client import LatticeClient, Run
 from lattice_client.cli import options
 from lattice_client.cli.main import main
-from tests.client.shell import LATTICE, WAIT_S, call, ended, fail, greet, terminal
+from tests.client.shell import WAIT_S, call, ended, fail, greet, terminal
+from tests.commands import LATTICE
 
 pytestmark = pytest.mark.slow
 

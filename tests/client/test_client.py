@@ -1,6 +1,7 @@
 """The public client: its names, its exceptions, the bundle of a function, and the id of a run."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import zipfile
@@ -103,12 +104,33 @@ def test_every_status_has_its_exception_class_with_the_details(code: grpc.Status
     assert error.violations == {'tasks[0].inputs["x"]': "is bad"}
 
 
-def test_docstring_shows_every_exception_class() -> None:
-    drawn = errors.__doc__ or ""
-    for kind in statuses.CLASSES.values():
-        assert kind.__name__ in drawn
-        assert issubclass(kind, errors.RequestError)
-    assert len(set(statuses.CLASSES.values())) == len(statuses.CLASSES)
+def test_docstring_draws_the_tree_of_exception_classes() -> None:
+    drawn: dict[str, str] = {}
+    path: list[str] = []
+    for bars, branch, name in re.findall(r"^ {4}([| ]*)(\+-- )?(\w+Error)\b", errors.__doc__ or "", re.MULTILINE):
+        path[len(bars) // 4 + bool(branch) :] = [name]
+        drawn[name] = path[-2] if branch else ""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LatticeError)]
+    parents = {kind.__name__: kind.__bases__[0].__name__ for kind in kinds if kind is not errors.LatticeError}
+    assert drawn == {"LatticeError": "", **parents}
+    assert all(issubclass(kind, errors.RequestError) for kind in statuses.CLASSES.values())
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: "
+        "Failed to connect to remote host: Connection refused",
+        "failed to connect to all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:1: "
+        "Failed to connect to remote host: Connection refused",
+    ],
+)
+def test_unreachable_server_is_named_with_the_cause_and_advice(details: str) -> None:
+    failed = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+    text = (
+        "no Lattice server answers at host:1: Connection refused; start a server with `lattice start --head`, or check"
+    )
+    assert str(statuses.from_rpc(failed, "host:1")) == f"{text} the address"
 
 
 def test_call_raises_unavailable_when_no_server_listens() -> None:

@@ -1,9 +1,12 @@
 """The code sent with a function: its modules, the modules left out with their reasons, and its script's names."""
 
+import pickle
 import textwrap
+import threading
 import zipapp
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from lattice_client import TaskDefinitionError, task
@@ -385,3 +388,23 @@ def test_task_raises_when_a_list_option_is_a_text(setting: str) -> None:
 def test_the_client_and_the_runner_pickle_alike() -> None:
     client, runner = (Path(str(found.__file__)).read_text() for found in (client_pickler, runner_pickler))
     assert client == runner
+
+
+def test_a_pydantic_model_of_a_function_travels_without_the_variables_of_the_function() -> None:
+    lock = threading.Lock()
+
+    class Inner(pydantic.BaseModel):
+        number: int
+
+    class Outer(Inner):
+        inner: Inner
+
+        def total(self) -> int:
+            return self.number + self.inner.number
+
+    with lock:
+        found = pickle.loads(client_pickler.dumps(Outer(number=1, inner=Inner(number=2))))
+    assert found.total() == 3
+    assert type(found) is Outer
+    # The class here keeps them.
+    assert "lock" in vars(Outer)["__pydantic_parent_namespace__"]

@@ -21,7 +21,8 @@ from lattice_client.transport import reconnection
 from lattice_client.transport.channel import dial
 from lattice_client.transport.reconnection import Reconnection
 from lattice_client.transport.suspending import AsyncChannel
-from tests.client.shell import LATTICE, WAIT_S, call
+from tests.client.shell import WAIT_S, call
+from tests.commands import LATTICE
 from tests.server.apps import NoWorkers, serving_aside
 
 SHORT_S = 1.0

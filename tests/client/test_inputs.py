@@ -251,7 +251,8 @@ def test_the_part_of_an_input_that_cannot_be_pickled_is_named(value: Callable[[A
     with pytest.raises(TaskDefinitionError) as caught:
         bound(value(threading.Lock()))
     text = "(_thread.lock) cannot be pickled: cannot pickle '_thread.lock' object"
-    assert str(caught.value) == f"input 'x' of task 't'{path} {text}"
+    advice = "pass data from which the task can make it"
+    assert str(caught.value) == f"input 'x' of task 't'{path} {text}; {advice}"
 
 
 @task

@@ -10,7 +10,8 @@ import pytest
 from lattice_client import LangGraphClient, LatticeClient, SecurityError, TargetError, UnauthenticatedError, task
 from lattice_client.transport.security import is_on_this_machine, secure
 from tests.certificates import Certificates, certificates
-from tests.client.shell import LATTICE, call
+from tests.client.shell import call
+from tests.commands import LATTICE
 from tests.server.apps import serving_aside
 
 TOKEN = "se-cret"

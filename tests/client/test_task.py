@@ -74,8 +74,9 @@ def test_a_task_is_still_its_function() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"cpus": 2}, "no setting 'cpus'"),
-        ({"resources": {"ram": 2}}, "no setting 'ram'"),
+        ({"cpus": 2}, "no option 'cpus'; did you mean 'cpu'[?] resources: cpu, gpu, "),
+        ({"retrys": 2}, "no option 'retrys'; did you mean 'retries'[?] .*; other options: .*modules, "),
+        ({"resources": {"ram": 2}}, "no option 'ram'; resources: cpu, "),
         ({"cpu": -1}, "cpu must be a number from 0"),
         ({"gpu": "one"}, "gpu must be a number from 0"),
         ({"cpu": True}, "cpu must be a number from 0"),
@@ -421,7 +422,7 @@ def test_with_changes_only_the_given_options() -> None:
     again = found.with_(resources={"gpu": 0}, name="again", retries=0)
     assert (again.name, again.resources.cpu, again.resources.gpu) == ("again", 3, 0)
     assert not again.settings.HasField("retry")
-    with pytest.raises(TaskDefinitionError, match="no option 'outputs' to change"):
+    with pytest.raises(TaskDefinitionError, match="no option 'outputs'"):
         first.with_(outputs=["c"])  # type: ignore[call-arg]
     with pytest.raises(TaskDefinitionError, match="gpu must be a number"):
         first.with_(gpu="one")  # type: ignore[arg-type]

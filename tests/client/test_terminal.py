@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from lattice_client import LatticeClient, task
 from lattice_client.cli.main import main
 from lattice_client.cli.terminal import harmless, one_line, printable
-from tests.client.shell import LATTICE, call, ended, terminal
+from tests.client.shell import call, ended, terminal
 from tests.client.test_progress import Story, drawn, progress_of
+from tests.commands import LATTICE
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "tests" / "tools"
 FOLDER = Path(planted.__file__).parent
 Check = Callable[[Path], dict[int, str]]
-# The types of LangGraph and of what it uses are five times as many as all others, and the programs use none of them.
+# LangGraph and its dependencies have five times as many types as all else, and these programs use none of them.
 LESS = "[mypy]\n[mypy-langgraph.*,langchain_core.*]\nfollow_imports = skip\n"
 
 

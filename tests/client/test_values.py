@@ -230,7 +230,8 @@ def test_a_result_that_cannot_be_pickled_is_named_with_the_part_at_fault(client:
     with pytest.raises(TaskFailedError) as caught:
         client.run_task(locked)
     message = "output 'result', entry 'k', item 1 (_thread.lock) cannot be pickled: cannot pickle '_thread.lock' object"
-    assert str(caught.value).partition(" failed ")[2] == f"(PAYLOAD): {message}"
+    advice = "return data instead, such as texts, numbers, lists or dicts"
+    assert str(caught.value).partition(" failed ")[2] == f"(PAYLOAD): {message}; {advice}"
     assert caught.value.remote_traceback == ""
 
 

@@ -11,7 +11,8 @@ from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient
 from tests.certificates import certificates
-from tests.e2e.net import GONE_S, LATTICE, Host, network, starting
+from tests.commands import LATTICE
+from tests.e2e.net import GONE_S, Host, network, starting
 
 TOKEN = "a-token-for-tests"
 PORT = 50051
@@ -32,7 +33,7 @@ class Cluster:
 
     def start_head(self, *flags: str) -> None:
         """Start the head and wait until it serves. It offers nothing to run on unless `flags` say so."""
-        command = ["start", "--head", "--host", self.head.address, "--executor", self.executor]
+        command = ["--head", "--host", self.head.address, "--executor", self.executor]
         command += ["--tls-cert", str(self._files.cert), "--tls-key", str(self._files.key)]
         command += flags or ("--num-cpus", "0")
         self.close()
@@ -41,7 +42,7 @@ class Cluster:
 
     def join(self, machine: Host, node_id: str, *flags: str) -> subprocess.Popen[bytes]:
         """Have a machine join and wait until it is a node that takes work."""
-        command = ["start", "--worker", "--addr", self.address, "--node-id", node_id]
+        command = ["--worker", "--addr", self.address, "--node-id", node_id]
         command += [*(flags or ("--num-cpus", "2")), "--label", f"at={node_id}"]
         worker = machine.lattice(*command, env=self.env, until=f"as node {node_id}")
         self.until_node(node_id, cluster_pb2.NODE_STATE_READY)

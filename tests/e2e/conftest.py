@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,12 @@ import psutil
 import pytest
 
 from lattice_client import LatticeClient
+from tests.commands import START
 from tests.e2e.net import starting
 from tests.e2e.rooms import Room
+from tests.leftovers import held_by
 from tests.sandbox.conftest import delegated_group  # noqa: F401  # a fixture
 
-LATTICE = str(Path(sys.executable).parent / "lattice")
-# What `lattice start --head` turns into, after it has imported all commands.
-HEAD = [sys.executable, "-m", "lattice_server", "start", "--head"]
 CONFIG = Path(__file__).parent / "server.toml"
 # An executor only starts workers. So `make test` runs on Ray these files, and the tests of others that depend on the
 # processes and the environment of a worker. `make test-all` runs all files on both executors.
@@ -25,10 +23,7 @@ FILES_ON_RAY = frozenset({"test_runs.py", "test_ports.py"})
 TESTS_ON_RAY = frozenset(
     {
         "test_a_task_sees_the_devices_it_was_given",
-        "test_children_die_with_a_process_that_dies",
         "test_children_die_with_a_worker_that_is_killed",
-        "test_children_die_with_an_attempt_that_is_stopped",
-        "test_modules_are_unpacked_once_for_each_content",
     }
 )
 # The devices do not exist; only the ledger and `CUDA_VISIBLE_DEVICES` name them.
@@ -50,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def served(*flags: str, statuses: Sequence[int] = (0,)) -> Iterator[str]:
-    """Run a server while the block runs; yield its address. It ends with such a status, and leaves no process."""
-    command = [*HEAD, "--port", "0", *flags]
+    """Run a server while the block runs; yield its address. It ends with such a status and leaves nothing."""
+    command = [*START, "--head", "--port", "0", *flags]
     with starting("ray" if "ray" in flags else "local"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -63,10 +58,12 @@ def served(*flags: str, statuses: Sequence[int] = (0,)) -> Iterator[str]:
     finally:
         # Also when the test fails: the next one would share its cores with this server.
         started = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
+        folders = held_by([process.pid, *(child.pid for child in started)])
         process.terminate()
         status = process.wait(30)
     assert status in statuses
     assert not psutil.wait_procs(started, timeout=30)[1]
+    assert not [folder for folder in folders if folder.exists()]
 
 
 @pytest.fixture(scope="session")

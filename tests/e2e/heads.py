@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.conftest import LATTICE
+from tests.commands import START
 
 
 class Head:
@@ -24,7 +24,7 @@ class Head:
 
     def command(self) -> list[str]:
         flags = ["--port", str(self.port), "--executor", "local", "--journal", str(self.journal), *self._flags]
-        return [LATTICE, "start", "--head", *flags]
+        return [*START, "--head", *flags]
 
     def start(self) -> None:
         self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)
@@ -34,7 +34,7 @@ class Head:
     def join(self, node_id: str, cpus: int = 2) -> subprocess.Popen[str]:
         """Start an agent on this machine, which outlives the server, and wait until it has joined."""
         flags = ["--addr", self.address, "--node-id", node_id, "--num-cpus", str(cpus)]
-        agent = subprocess.Popen([LATTICE, "start", "--worker", *flags], stdout=subprocess.PIPE, text=True)
+        agent = subprocess.Popen([*START, "--worker", *flags], stdout=subprocess.PIPE, text=True)
         assert agent.stdout is not None
         assert f"as node {node_id}" in agent.stdout.readline()
         self.agents[node_id] = agent

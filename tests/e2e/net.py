@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import START
+
 # Namespaces are root's to make.
 needs_network = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2")
-LATTICE = str(Path(sys.executable).parent / "lattice")
 START_S = 120.0
-RAY_FOLDER = Path("/tmp/ray")
 NUMBERS = itertools.count(1)
 GONE_S = 120.0
 
@@ -69,9 +69,9 @@ class Host:
         self._processes.append(process)
         return process
 
-    def lattice(self, *words: str, env: Mapping[str, str] | None = None, until: str = "") -> subprocess.Popen[bytes]:
-        """Start `lattice` on the host, and wait until it has printed a text."""
-        process = self.start(LATTICE, *words, env=env)
+    def lattice(self, *flags: str, env: Mapping[str, str] | None = None, until: str = "") -> subprocess.Popen[bytes]:
+        """Start a server or a worker on the host, and wait until it has printed a text."""
+        process = self.start(*START, *flags, env=env)
         if until:
             self.hear(process, until)
         return process
@@ -92,10 +92,11 @@ class Host:
     def _on_host(self, command: tuple[str, ...]) -> list[str]:
         own = self._folder / f"{self._namespace}-ray"
         own.mkdir(exist_ok=True)
-        RAY_FOLDER.mkdir(exist_ok=True)
+        shared = Path(tempfile.gettempdir(), "ray")
+        shared.mkdir(exist_ok=True)
         # Ray nodes of one cluster quarrel over the names of sockets in a folder that machines do not share.
         script = 'mount --bind "$0" "$1" && shift && exec "$@"'
-        return ["ip", "netns", "exec", self._namespace, "sh", "-c", script, str(own), str(RAY_FOLDER), *command]
+        return ["ip", "netns", "exec", self._namespace, "sh", "-c", script, str(own), str(shared), *command]
 
     def said(self, process: subprocess.Popen[bytes]) -> str:
         """Return the output of a program so far."""

@@ -177,5 +177,5 @@ def test_tenants_share_the_limit_of_a_key_and_use_nearly_all_of_it(
     assert statuses == {200: wanted}
     assert provider.statuses == {200: wanted}
     times = [at for at, _ in provider.taken]
-    windows = wanted / limit - 1  # Those that pass between the first burst and the last.
+    windows = wanted / limit - 1  # The windows between the first burst and the last.
     assert windows * window_s / (times[-limit] - times[0]) >= 0.9

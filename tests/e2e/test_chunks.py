@@ -19,7 +19,8 @@ from lattice_client import (
     context,
     task,
 )
-from tests.e2e.conftest import LATTICE, served
+from tests.commands import LATTICE
+from tests.e2e.conftest import served
 from tests.e2e.rooms import Room, enter
 
 LEVELS = ["none", "subprocess", "seccomp"]

@@ -8,6 +8,7 @@ import pytest
 from lattice.v1 import cluster_pb2
 
 from lattice_client import Run, TaskFailedError, task
+from tests.commands import LATTICE
 from tests.e2e.clusters import Cluster, cluster
 from tests.e2e.net import GONE_S, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, started, until
@@ -224,7 +225,7 @@ def test_attempts_run_elsewhere_when_the_deadline_of_a_drain_is_over(two: Cluste
 def test_a_stopped_worker_drains_before_it_ends(how: str, two: Cluster, room: Room) -> None:
     run, worker = four_in(two, room), two.workers["a"]
     if how == "lattice stop":
-        stopping = two.machines[0].lattice("stop", "--node", "a")
+        stopping = two.machines[0].start(LATTICE, "stop", "--node", "a")
         assert worker.wait(GONE_S) == stopping.wait(GONE_S) == 0
     else:
         worker.send_signal(signal.Signals[how])

@@ -10,8 +10,9 @@ import pytest
 from lattice.v1 import cluster_pb2
 
 from lattice_client import Run, TaskFailedError, task
+from tests.commands import LATTICE
 from tests.e2e.clusters import PORT, Cluster, cluster
-from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
+from tests.e2e.net import GONE_S, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, entered, until
 from tests.e2e.test_cluster import (
     LARGE_BYTES,
@@ -136,6 +137,8 @@ def test_attempts_run_again_when_a_part_of_their_machine_dies(what: str, two: Cl
         two.until(lambda: not two.machines[0].processes())
 
 
+# Between the machine that returns at once and the one that is lost.
+@pytest.mark.exhaustive
 def test_a_machine_keeps_its_worker_when_it_reconnects_before_ray_misses_it(two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     two.machines[0].cut()

@@ -46,7 +46,7 @@ def _blocks(name: str) -> list[Block]:
     return found
 
 
-NAMES = ("scheduling", "client", "langgraph", "streams", "calls", "signals")
+NAMES = ("scheduling", "client", "langgraph", "streams", "calls", "signals", "durability", "services")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
 # The lines of this script's parallel tasks come in any order.

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from lattice_client import LatticeClient, RunCancelledError
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -55,7 +55,7 @@ def test_the_research_agent_publishes_only_when_it_is_approved(arguments: list[s
 
 @pytest.fixture(scope="module")
 def answer(address: str) -> str:
-    """What the agent prints when it is asked what it asks itself."""
+    """The output of the agent for its default question."""
     return _run(address, "agent")
 
 

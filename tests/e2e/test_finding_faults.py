@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from lattice_client import LatticeClient, Run, task
-from tests.e2e.conftest import LATTICE, served
+from tests.commands import LATTICE, START
+from tests.e2e.conftest import served
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
 
 RECORDS = 40
@@ -49,7 +50,7 @@ def train() -> None:
 def two_nodes() -> Iterator[str]:
     """The address of a server with a node of three CPUs and one, `n2`, that is slow."""
     with served("--executor", "local", "--num-cpus", "3", "--label", "at=head") as address:
-        command = [LATTICE, "start", "--worker", "--addr", address, "--node-id", "n2", "--num-cpus", "2"]
+        command = [*START, "--worker", "--addr", address, "--node-id", "n2", "--num-cpus", "2"]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "SLOW_NODE": "1"})
         assert worker.stdout is not None
         assert "as node n2" in worker.stdout.readline()

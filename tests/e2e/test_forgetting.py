@@ -3,6 +3,7 @@
 import os
 
 import psutil
+import pytest
 
 from lattice_client import LatticeClient, task
 from lattice_client.graph.definition import TaskDefinition
@@ -30,6 +31,7 @@ def memory_bytes(worker: psutil.Process) -> int:
     return sum(process.memory_full_info().uss for process in (worker, *worker.children(recursive=True)))
 
 
+@pytest.mark.exhaustive  # Tests of the worker have it forget bundles, and ask for them again.
 def test_memory_of_a_worker_stays_when_many_functions_are_called_once() -> None:
     with served("--executor", "local", "--num-cpus", "1") as address, LatticeClient(address) as client:
         for _ in range(FILLED + 1):

@@ -17,9 +17,10 @@ import pytest
 from lattice.v1 import resources_pb2
 
 from lattice_client import LatticeClient, PreconditionError, TaskFailedError, UntrustedPayloadError, secret, task
+from tests.commands import LATTICE
 from tests.e2e.clusters import cluster
 from tests.e2e.conftest import served
-from tests.e2e.net import LATTICE, needs_network
+from tests.e2e.net import needs_network
 from tests.sandbox import plain_user
 
 pytestmark = pytest.mark.exhaustive

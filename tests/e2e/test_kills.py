@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from lattice_client import LatticeClient, task
-from tests.e2e.conftest import LATTICE
+from tests.commands import START
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def echo(value: bytes) -> bytes:
 def started(folder: Path) -> tuple["subprocess.Popen[str]", str]:
     """Start a server that keeps large values in `folder`; return it and its address."""
     (folder.parent / "lattice.toml").write_text(f'store_folder = "{folder}"\n')
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
     command += ["--config", str(folder.parent / "lattice.toml")]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None

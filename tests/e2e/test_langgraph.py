@@ -1,6 +1,7 @@
 """Graphs of LangGraph whose nodes run on a server: fan-out, commands, and what LangGraph offers to nodes."""
 
 import asyncio
+import gc
 import operator
 import os
 import signal
@@ -17,13 +18,16 @@ import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
+from langgraph.pregel._loop import PregelLoop
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command, Send, interrupt
 
-from lattice_client import LangGraphClient, LatticeClient, TaskDefinitionError
+from lattice_client import LangGraphClient, LatticeClient, RequestError, RunCancelledError, TaskDefinitionError
+from lattice_client.runs.open_run import AsyncOpenRun
 from tests.e2e.graphs import control, reaching
 from tests.e2e.graphs.control import QuotaError
 from tests.e2e.rooms import Room, enter, note
@@ -301,3 +305,122 @@ def test_call_of_a_node_fails_when_its_attempt_was_lost_after_writing_to_the_str
     with pytest.raises(ConnectionError, match="had written or asked something before its attempt was lost"):
         items.extend(app.stream(given(), stream_mode="custom"))
     assert items == ["written"]
+
+
+def test_coroutines_of_a_superstep_are_added_by_one_message(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    add = AsyncOpenRun.add_tasks
+
+    async def counted(run: AsyncOpenRun, tasks: Any, *more: Any) -> int:
+        sizes.append(len(tasks))
+        return await add(run, tasks, *more)
+
+    monkeypatch.setattr(AsyncOpenRun, "add_tasks", counted)
+    graph = graph_of(words_of("first"), words_of("last"))
+    names = [f"node{number}" for number in range(5)]
+    for name in names:
+        graph.add_node(name, words_of(name))
+        graph.add_edge("first", name)
+    graph.add_edge(START, "first")
+    graph.add_edge(names, "last")
+    with LangGraphClient(local) as lattice:
+        found = asyncio.run(lattice.compile(graph).ainvoke(given()))
+    assert sorted(found["words"]) == ["first", "last", *names]
+    assert sizes == [1, 5, 1]
+
+
+def words_of(name: str) -> Any:
+    def node(state: State) -> dict[str, Any]:
+        return {"words": [name]}
+
+    node.__name__ = name
+    return node
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_ended_invocation_is_forgotten(is_async: bool, local: str) -> None:
+    with LangGraphClient(local) as lattice:
+        app = lattice.compile(graph_of_first())
+        for _ in range(2):
+            asyncio.run(app.ainvoke(given())) if is_async else app.invoke(given())
+        gc.collect()
+        assert not [found for found in gc.get_objects() if isinstance(found, PregelLoop)]
+
+
+def test_compile_refuses_a_node_that_changes_what_it_captures(local: str) -> None:
+    seen: list[str] = []
+
+    def sees(state: State) -> dict[str, Any]:
+        seen.append(state["text"])
+        return {}
+
+    graph = graph_of(sees)
+    graph.add_edge(START, "sees")
+    with LangGraphClient(local) as lattice:
+        with pytest.raises(TaskDefinitionError, match=r"node 'sees' cannot run on Lattice: its code changes seen \("):
+            lattice.compile(graph)
+        lattice.compile(graph, local=["sees"]).invoke(given("x"))
+    assert seen == ["x"]
+
+
+@task
+def sends(word: str) -> tuple[str, int]:
+    return word, os.getpid()
+
+
+def test_tasks_of_an_entrypoint_have_options_and_may_stay_here(local: str, client_of_local: LatticeClient) -> None:
+    seen: list[str] = []
+
+    @task(name="records")
+    def records(word: str) -> int:
+        seen.append(word)
+        return os.getpid()
+
+    def body(word: str) -> Any:
+        return sends(word).result(), records(word).result()
+
+    with LangGraphClient(local) as lattice:
+        with pytest.raises(TaskDefinitionError, match="no node 'send'; its nodes and tools: records, sends"):
+            lattice.compile(entrypoint()(body), local=["send"])
+        with pytest.raises(TaskDefinitionError, match="task 'records' cannot run on Lattice: its code changes seen"):
+            lattice.compile(entrypoint()(body)).invoke("a")
+        app = lattice.compile(entrypoint()(body), local=["records"], resources={"sends": {"cpu": 0.25}})
+        (word, elsewhere), here = app.invoke("b")
+        assert (word, seen) == ("b", ["b"])
+        assert elsewhere != here == os.getpid()
+        assert [sent.function_name for sent in client_of_local.run_graph(app.last_run_id)] == ["sends"]
+        too_large = lattice.compile(entrypoint()(body), local=["records"], resources={"sends": {"cpu": 100_000}})
+        with pytest.raises(RequestError, match="100000"):
+            too_large.invoke("c")
+
+
+def test_a_forgotten_stream_ends_in_the_thread_of_the_streams(
+    local: str, client_of_local: LatticeClient, room: Room
+) -> None:
+    def waits(state: State) -> dict[str, Any]:
+        enter(room, "waits")
+        return {}
+
+    graph = graph_of(words_of("first"), waits)
+    graph.add_edge(START, "first")
+    graph.add_edge(START, "waits")
+    with LangGraphClient(local) as lattice:
+        app = lattice.compile(graph)
+        held = [app.stream(given())]
+        assert next(held[0]) == {"first": {"words": ["first"]}}
+        # As when the collector runs there.
+        lattice._loop.call(held.clear)
+        run_id = lattice._loop.submit(noted(app)).result(30)
+        with pytest.raises(RunCancelledError):
+            client_of_local.get_run(run_id).result(timeout=30)
+        assert lattice.compile(graph_of_first()).invoke(given())["words"] == ["first"]
+
+
+async def noted(app: Any) -> str:
+    return str(app.last_run_id)
+
+
+def graph_of_first() -> Any:
+    graph = graph_of(words_of("first"))
+    graph.add_edge(START, "first")
+    return graph

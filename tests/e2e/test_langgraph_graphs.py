@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lattice_client import LangGraphClient, LatticeClient
-from tests.e2e.graphs import control, reaching
+from tests.e2e.graphs import control, nesting, reaching
 from tests.e2e.graphs.cases import CASES, AsyncCaller, Caller, Case, comparable
 
 REPEATED = [pytest.mark.exhaustive]
@@ -17,9 +17,9 @@ PAIRS = [
     for chosen, (name, case) in enumerate(CASES.items())
     for number, caller in enumerate(case.callers)
 ]
-MODULES = (control, reaching)  # their import adds the cases
+MODULES = (control, nesting, reaching)  # their import adds the cases
 # Graphs that run no node.
-NO_NODES = {"drawing"}
+NO_NODES = {"drawing", "drawing_as_json"}
 
 
 @pytest.fixture(scope="module")

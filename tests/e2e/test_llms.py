@@ -247,7 +247,7 @@ def test_task_that_needs_a_model_starts_it_and_waits_for_it(
     assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, "x y")
 
 
-def test_need_of_a_model_that_there_is_not_is_refused_and_one_that_cannot_start_fails_its_task(
+def test_need_of_an_unknown_model_is_refused_and_of_a_failed_model_fails_its_task(
     client: LatticeClient, started: Callable[..., Any]
 ) -> None:
     with pytest.raises(InvalidArgumentError, match="no service 'tiny'"):

@@ -21,7 +21,7 @@ API = {"task_id": "fetch_both", "attempt": 1, "host": "api.test", "port": 80, "m
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What the callers see."""
+    """The events and errors that callers get."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.network_program"], capture_output=True, text=True, timeout=120, check=False
     )

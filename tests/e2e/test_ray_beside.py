@@ -15,10 +15,11 @@ import pytest
 from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient, task
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 from tests.e2e.net import starting
 from tests.e2e.rays import ACCESS, machine_address, ray_head
 from tests.e2e.rooms import WAIT_S
+from tests.leftovers import unlocked
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -149,18 +150,11 @@ def test_a_head_starts_when_the_temporary_folder_does_not_suit_ray(
 
 
 def test_the_server_fails_with_one_line_when_ray_cannot_start(place: Path) -> None:
-    stores = set(Path("/dev/shm").glob("lattice-head-*"))
     words = [LATTICE, "start", "--head", "--port", "0", "--node-ip", "no.such.host.invalid", "--num-cpus", "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         out, told = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (1, "")
     assert told.startswith("Error: its driver could not be started: ")
     assert told.count("\n") == 1
-    assert not {path for path in Path("/dev/shm").glob("lattice-head-*") if path not in stores} - running_stores()
+    assert not unlocked(place)
     assert not [name for name in records(place) if name.startswith("lattice-ray")]
-
-
-def running_stores() -> set[Path]:
-    """Return the stores of servers that run, other tests' servers among them."""
-    sockets = Path("/proc/net/unix").read_text().split()
-    return {Path(word).parent for word in sockets if word.endswith("/head.sock")}

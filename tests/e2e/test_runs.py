@@ -24,7 +24,7 @@ from lattice_client import (
     TaskFailedError,
     task,
 )
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE, START
 
 
 @task
@@ -298,7 +298,7 @@ def test_modules_beside_the_script_travel_with_it(address: str, tmp_path: Path) 
 def test_a_port_in_use_is_a_clear_error(address: str) -> None:
     port = address.rpartition(":")[2]
     done = subprocess.run(
-        [LATTICE, "start", "--head", "--port", port, "--executor", "local"],
+        [*START, "--head", "--port", port, "--executor", "local"],
         capture_output=True,
         text=True,
         timeout=60,

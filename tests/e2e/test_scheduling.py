@@ -162,7 +162,7 @@ def held(client: LatticeClient, room: Room) -> Run:
     return run
 
 
-def jotted(room: Room, *runs: Run) -> list[str]:
+def order_of_starts(room: Room, *runs: Run) -> list[str]:
     """Open the room and return the lines that were noted until all runs ended."""
     room.open()
     for run in runs:
@@ -180,7 +180,7 @@ def test_higher_priority_goes_first_within_a_run_and_between_runs(client: Lattic
         workflow = client.create_workflow()
         workflow.add_task(jot, {"room": room, "text": f"run {priority}"})
         runs.append(workflow.run(priority=priority))
-    assert jotted(room, *runs) == ["run 10", "task 5", "task 0", "task -5", "run -10"]
+    assert order_of_starts(room, *runs) == ["run 10", "task 5", "task 0", "task -5", "run -10"]
 
 
 def test_tasks_start_in_order_of_submission(client: LatticeClient, room: Room) -> None:
@@ -189,7 +189,7 @@ def test_tasks_start_in_order_of_submission(client: LatticeClient, room: Room) -
     texts = [str(number) for number in range(6)]
     for text in texts:
         workflow.add_task(jot, {"room": room, "text": text})
-    assert jotted(room, holding, workflow.run()) == texts
+    assert order_of_starts(room, holding, workflow.run()) == texts
 
 
 def test_a_large_task_is_not_passed_by_small_ones_forever(client: LatticeClient, room: Room) -> None:
@@ -203,7 +203,7 @@ def test_a_large_task_is_not_passed_by_small_ones_forever(client: LatticeClient,
         # Never at the end together, so that four CPUs are not free by chance.
         inputs = {"room": room, "text": "small", "seconds": 0.07 + number % 7 / 50}
         workflow.add_task(using(jot, cpu=1), inputs)
-    order = jotted(room, holding, workflow.run())
+    order = order_of_starts(room, holding, workflow.run())
     assert len(order) == 46
     assert order[0] == "small"
     assert order[-1] != "large"
@@ -220,7 +220,7 @@ def test_a_tenant_with_little_work_does_not_wait_for_one_with_much(
             for _ in range(count):
                 workflow.add_task(jot, {"room": room, "text": name})
             runs.append(workflow.run())
-        order = jotted(room, *runs)
+        order = order_of_starts(room, *runs)
     assert len(order) == 24
     # In turns, the last of the four would be at place 8; in the order of arrival, at place 24.
     assert max(place for place, name in enumerate(order, 1) if name == "little") <= 18

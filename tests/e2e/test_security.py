@@ -23,7 +23,7 @@ from lattice_server.config import ServerTls
 from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact
 from tests.certificates import Certificates, certificates
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE, START
 from tests.server.apps import NoWorkers, serving_aside
 
 TOKEN = "se-cret-0123456789"
@@ -33,6 +33,7 @@ LARGE_BYTES = 3_000_000
 BARE = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
 SCRIPT = """
 from lattice_client import LatticeClient, task
+from tests.commands import LATTICE, START
 
 @task
 def make(size: int) -> str:
@@ -81,7 +82,7 @@ class Served:
 
 @contextmanager
 def served(errors: Path, *flags: str, **environment: str) -> Iterator[Served]:
-    command = [LATTICE, "start", "--head", "--executor", "local", "--num-cpus", "2", "--port", "0", *flags]
+    command = [*START, "--head", "--executor", "local", "--num-cpus", "2", "--port", "0", *flags]
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
@@ -297,7 +298,7 @@ def test_a_machine_joins_by_flags_that_show_no_token(
         done = safe.line("start", "--worker", "--node-id", "another", "--addr", address, *flags)
         assert done.returncode == 1
         assert text in done.stderr
-    command = [LATTICE, "start", "--worker", "--node-id", "another", "--num-cpus", "1", "--addr", safe.address, *shown]
+    command = [*START, "--worker", "--node-id", "another", "--num-cpus", "1", "--addr", safe.address, *shown]
     with (
         (tmp_path / "stderr").open("w") as stderr,
         subprocess.Popen(command, env=BARE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,

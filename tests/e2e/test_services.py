@@ -35,6 +35,17 @@ async def ask_async(name: str) -> str:
     return f"{found.instance_id} {found.host} {found.port > 0}"
 
 
+@task(cpu=0)
+def refused() -> list[str]:
+    found = []
+    for value in [{"name": ("a", "b")}, ["a"], {"name": {1, 2}}, None]:
+        try:
+            context.ask("lattice/service.endpoint", value)
+        except context.AnswerError as error:
+            found.append(f"{error.type}: {error}")
+    return found
+
+
 @pytest.fixture
 def started(client: LatticeClient) -> Iterator[Callable[..., service_pb2.Service]]:
     """Starts services of small instances, and stops all when the test ends."""
@@ -146,6 +157,14 @@ def test_a_program_that_cannot_start_is_a_typed_error_with_its_last_lines(
         answer_of(client, "bad", "pid")
     with pytest.raises(TaskFailedError, match="there is no service 'none'; this tenant has: bad, missing"):
         answer_of(client, "none", "pid")
+
+
+def test_a_question_to_the_server_is_refused_when_its_value_is_no_object_in_json(client: LatticeClient) -> None:
+    tuples, items, sets, nothing = client.run_task(refused)["result"]
+    assert "takes a dict that JSON can have, and no tuples" in tuples
+    assert "takes a dict, not list" in items
+    assert "takes a dict that JSON can have" in sets
+    assert nothing.startswith("ServiceNotFoundError")
 
 
 def test_an_idle_service_has_no_process_until_a_task_uses_it(

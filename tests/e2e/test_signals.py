@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lattice_client import InvalidArgumentError, LatticeClient, PreconditionError, Run, TaskDefinitionError, task
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 
 WAIT_S = 60.0
 
@@ -41,7 +41,7 @@ def test_a_task_waits_for_signals_at_every_level(local: str, level: str) -> None
         assert run.result(timeout=WAIT_S) == {"result": ({"ok": True, "by": "Ada"}, b"bytes")}
 
 
-def test_tasks_that_wait_hold_no_cpu_and_say_what_they_wait_for(local: str) -> None:
+def test_waiting_tasks_hold_no_cpu_and_name_their_signals(local: str) -> None:
     @task(cpu=4)
     def asks(name: str) -> Any:
         from lattice_worker import context
@@ -98,7 +98,7 @@ def test_a_coroutine_that_gives_up_a_wait_misses_no_signal(local: str) -> None:
         assert run.result(timeout=WAIT_S) == {"result": ("signal 'message' was not sent in time", [1, 2])}
 
 
-def test_a_wait_may_end_before_its_signal_and_a_repeated_attempt_gets_what_the_earlier_one_got(local: str) -> None:
+def test_wait_times_out_and_repeated_attempt_gets_the_same_values(local: str) -> None:
     @task(retries=1, retry_backoff=0)
     def asks() -> Any:
         from lattice_worker import context

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from lattice_client import InvalidArgumentError, LatticeClient, TaskDefinitionError, TaskFailedError, secret, task
 from lattice_client.cli.main import main
-from tests.e2e.conftest import LATTICE
+from tests.commands import START
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
 from tests.e2e.test_restarts import Head
@@ -59,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ["--metrics", "prometheus", "--log-level", "debug"]
     with starting("local"), (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [LATTICE, "start", "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
+            [*START, "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
@@ -154,7 +154,7 @@ THREADS = {f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "N
 
 def test_a_task_has_the_variables_that_its_documentation_names(short_path: Path) -> None:
     env = OF_SERVER | {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(short_path)}
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
     with starting("local"):
         server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
@@ -201,7 +201,7 @@ def tell(room: str) -> str:
     raise ValueError(f"refused: {value}")
 
 
-def test_no_secret_is_in_what_the_server_keeps_shows_or_writes(
+def test_server_stores_shows_and_writes_no_secret(
     server: Server, search: LatticeClient, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNTOLD", UNTOLD)

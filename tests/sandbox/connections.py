@@ -1,5 +1,5 @@
-"""What code in a sandbox with an allow list of servers tries. Each function runs inside; it raises OSError when it is
-refused, and returns what it got. Standard library only."""
+"""Connections that code in a sandbox with an allow list of servers tries. Each function runs inside; it raises OSError
+when it is refused, and returns the answer. Standard library only."""
 
 import contextlib
 import http.client
@@ -220,7 +220,7 @@ def name_whose_address_changes(_: str) -> str:
     return _ask(_connect("rebind.test:80"), b"GET /2 HTTP/1.1\r\nHost: rebind.test\r\n\r\n").decode()
 
 
-# Another server than the one that was asked for.
+# Another server than the requested one.
 
 
 @row(REFUSED, "api.test:443 name_differs")

@@ -44,7 +44,7 @@ def _outcomes(ca: str) -> dict[str, str]:
 
 
 async def flooded(start: Callable[..., Any], ca: str) -> dict[str, Any]:
-    """Return what a flood comes to, and how another sandbox fares meanwhile."""
+    """Return the result of a flood, and that of another sandbox meanwhile."""
     policy = policy_of(LEVELS[1], network=("api.test:443",))
     box, other = await start(policy), await start(policy)
     flooding = asyncio.create_task(box.run(connections.flood, ca))

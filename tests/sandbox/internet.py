@@ -107,7 +107,7 @@ def _answer_web(connection: socket.socket, context: ssl.SSLContext | None) -> No
 
 
 def serve_raw() -> None:
-    """Send back what comes."""
+    """Answer each connection with one line and close it."""
     with socket.create_server(("0.0.0.0", RAW)) as server:
         while True:
             connection, _ = server.accept()

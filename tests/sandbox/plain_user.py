@@ -63,7 +63,7 @@ async def main(folder: Path) -> dict[str, Any]:
 
 
 async def _with_network(start: Any, level: str) -> str:
-    """Return what a request comes to that the list of servers does not have."""
+    """Return the result of a request to a server that is not listed."""
     if not policy_of(level).has_namespaces:
         return ""
     box = await start(policy_of(level, network=("a.invalid:443",)))

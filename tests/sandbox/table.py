@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.sandbox import attempts, connections
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "isolation.md"
-BEGIN, END = "<!-- Written by tests/sandbox/table.py. -->\n", "<!-- The end of what is written. -->\n"
+BEGIN, END = "<!-- Written by tests/sandbox/table.py. -->\n", "<!-- The end of the tables. -->\n"
 WORDS = {"": "not claimed", attempts.REFUSED: "refused", attempts.DONE: "allowed", attempts.ENDED: "ended"}
 
 

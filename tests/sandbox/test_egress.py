@@ -1,4 +1,4 @@
-"""The servers that a sandbox may connect to: what honest code gets, what hostile code tries, and what the agent learns.
+"""The servers that a sandbox may connect to: answers for honest code, attempts of hostile code, reports to the agent.
 
 The program `egress_program` runs all of it once, with real sockets between network namespaces.
 """
@@ -179,6 +179,6 @@ def test_each_name_has_one_address_and_each_port_a_socket() -> None:
     assert found[1:] == [("a.b", "127.1.0.1", 443), ("a.b", "127.1.0.1", 80), ("d.e", "127.1.0.2", 443)]
 
 
-def test_page_has_the_tables_of_what_the_tests_try() -> None:
+def test_page_has_the_tables_of_attempts() -> None:
     page = table.PAGE.read_text()
     assert page == table.written(page), "run `python -m tests.sandbox.table`"

@@ -9,7 +9,7 @@ import pytest
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.core.scheduling.batching import BatchRule, NameMatch
-from tests.client.shell import LATTICE
+from tests.commands import START
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,7 @@ def test_a_server_does_not_start_with_a_wrong_file(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--config", str(tmp_path / name)]
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--config", str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -137,7 +137,7 @@ def test_a_server_does_not_start_with_a_wrong_file(
     ],
 )
 def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str) -> None:
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", *flags]
+    command = [*START, "--head", "--port", "0", "--executor", "local", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

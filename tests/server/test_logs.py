@@ -16,7 +16,7 @@ from lattice_client import LatticeClient, RunError, UnauthenticatedError, task
 from lattice_client import logs as client_logs
 from lattice_server import logs
 from lattice_worker import logs as worker_logs
-from tests.e2e.conftest import LATTICE
+from tests.commands import START
 
 HOSTILE = "ok\r\n2026-01-01 00:00:00,000 ERROR forged: \x1b[2J\u202e\u2028 \ud83d end"
 
@@ -99,7 +99,7 @@ def fail() -> None:
 def test_a_server_and_its_worker_log_json_with_ids_and_no_secrets(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("a-token-of-callers-1234567890\n")
     (tmp_path / "lattice.toml").write_text('log_level = "debug"\n')
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
     command += ["--token-file", str(tmp_path / "token"), "--config", str(tmp_path / "lattice.toml")]
     with (tmp_path / "log").open("w") as file:
         server = subprocess.Popen([*command, "--log-format", "json"], stdout=subprocess.PIPE, stderr=file, text=True)

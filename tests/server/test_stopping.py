@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
@@ -12,7 +13,8 @@ from lattice_server import app
 from lattice_server.config import ServerConfig
 from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine import scheduler_thread
-from tests.server.apps import NoWorkers, build
+from lattice_server.security import SecurityError
+from tests.server.apps import NoWorkers, build, serving
 from tests.server.rpc import callers
 
 TIMEOUT_S = 60.0
@@ -72,3 +74,34 @@ def test_every_part_of_a_server_is_ended_when_another_one_raises() -> None:
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("setting", ["secrets_file", "tokens_file"])
+def test_a_server_that_cannot_be_built_leaves_no_files_and_no_locked_journal(setting: str, short_path: Path) -> None:
+    store, journal = short_path / "store", short_path / "journal"
+    store.mkdir()
+
+    async def scenario() -> None:
+        kept = {"store_folder": str(store), "journal": str(journal)}
+        with pytest.raises(SecurityError, match="No such file"):
+            build(NoWorkers(), **kept, **{setting: str(short_path / "missing")})
+        assert list(store.iterdir()) == []
+        async with serving(NoWorkers(), **kept):
+            assert len(list(store.iterdir())) == 1
+
+    asyncio.run(scenario())
+    assert list(store.iterdir()) == []
+
+
+def test_a_server_is_stopped_when_its_address_cannot_be_announced(
+    monkeypatch: pytest.MonkeyPatch, short_path: Path
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(app, "executor_of", lambda *_: NoWorkers())
+    config = ServerConfig(port=0, num_cpus=0, store_folder=str(short_path))
+    with pytest.raises(BrokenPipeError):
+        asyncio.run(app.serve(config, fail))
+    assert list(short_path.iterdir()) == []
+    assert "lattice-scheduler" not in {thread.name for thread in threading.enumerate()}

@@ -62,7 +62,7 @@ class FakeProcess(Process):
         if not packet:
             asyncio.get_running_loop().remove_reader(self.sock)
             return
-        if (frame := self._assembler.feed(packet)) is not None:
+        for frame in self._assembler.feed(packet):
             header, _ = parse(frame)
             if header["kind"] == "invoke":
                 self.invocations.append(header)

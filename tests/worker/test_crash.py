@@ -22,7 +22,7 @@ def test_memory_ran_out_only_if_the_kernel_killed_since_the_process_began(monkey
     assert kind_of(Crash()) == "crashed"
 
 
-@pytest.mark.parametrize("cause", ["is_blocked", "has_hung_up"])
+@pytest.mark.parametrize("cause", ["is_blocked", "has_disconnected"])
 def test_a_process_that_the_agent_killed_did_not_run_out_of_memory(monkeypatch: pytest.MonkeyPatch, cause: str) -> None:
     monkeypatch.setattr(cgroup, "own_oom_kills", lambda: 4)
     crash = Crash()

@@ -21,7 +21,18 @@ from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.questions import Questions
 from lattice_worker.runner import frames
-from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, ProtocolError, packets_of, parse
+from lattice_worker.runner.frames import (
+    FIRST,
+    LAST,
+    MIDDLE,
+    SEVERAL,
+    WHOLE,
+    Assembler,
+    ProtocolError,
+    joined,
+    packets_of,
+    parse,
+)
 from lattice_worker.runner_pool import Pool
 from lattice_worker.streams import Streams
 from tests.examples import examples
@@ -32,7 +43,7 @@ pytestmark = pytest.mark.slow
 VALUES = [0, 1, -1, 2**31, 2**63, -(2**63), True, None, -1.0, 1e300, 0.1]
 VALUES += ["a" * 300, "/etc/passwd", "..", "", "\0", "user_error", "cancelled", "x/y", "é", "😀"]
 ODD = [*VALUES, 10**400, float("nan"), float("inf"), "\ud83d"]
-KINDS = [WHOLE, FIRST, MIDDLE, LAST]
+KINDS = [WHOLE, FIRST, MIDDLE, LAST, SEVERAL]
 Frame = tuple[dict[str, Any], list[bytes]]
 
 
@@ -72,7 +83,7 @@ def small_packets(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(packets: list[bytes]) -> list[Frame]:
     """Return the frames in packets. Raises ProtocolError."""
     assembler = Assembler()
-    return [parse(frame) for packet in packets if (frame := assembler.feed(packet)) is not None]
+    return [parse(frame) for packet in packets for frame in assembler.feed(packet)]
 
 
 def same(one: Frame, other: Frame) -> bool:
@@ -86,9 +97,25 @@ def same(one: Frame, other: Frame) -> bool:
 def test_a_frame_is_read_as_it_was_sent(seed: int) -> None:
     choice = random.Random(seed)
     sent = [frame(choice) for _ in range(choice.randrange(4))]
-    found = read([packet for header, blobs in sent for packet in packets_of(header, blobs)])
-    assert len(found) == len(sent)
-    assert all(map(same, found, sent))
+    single = [packet for header, blobs in sent for packet in packets_of(header, blobs)]
+    for packets in (single, list(joined(single))):
+        found = read(packets)
+        assert len(found) == len(sent)
+        assert all(map(same, found, sent))
+        assert all(len(packet) <= frames.PACKET_BYTES for packet in packets)
+
+
+@pytest.mark.usefixtures("small_packets")
+@examples(1_000)
+@given(sizes=st.lists(st.integers(0, 5)))
+def test_whole_frames_that_follow_each_other_are_joined_as_long_as_a_packet_has_room(sizes: list[int]) -> None:
+    whole = [packets_of({}, [bytes(size)])[0] for size in sizes]
+    packets = list(joined(whole))
+    assert len(read(packets)) == len(whole)
+    # No packet could have had the first frame of the next one.
+    firsts = [len(Assembler().feed(packet)[0]) for packet in packets]
+    ends = [len(packet) if packet[:1] == SEVERAL else len(packet) + 4 for packet in packets]
+    assert all(end + 4 + first > frames.PACKET_BYTES for end, first in zip(ends, firsts[1:], strict=False))
 
 
 @pytest.mark.usefixtures("small_packets")
@@ -99,6 +126,8 @@ def test_a_damaged_frame_is_refused_or_read_as_it_was_sent(damage: str, seed: in
     choice = random.Random(seed)
     original = frame(choice)
     packets = packets_of(*original)
+    if len(packets) == 1 and choice.random() < 0.5:
+        packets = list(joined([*packets, *packets_of({"other": 2}, [])]))
     at = choice.randrange(len(packets))
     garbage = packet(choice)
     match damage:

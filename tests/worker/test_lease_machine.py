@@ -131,6 +131,20 @@ def test_a_new_session_holds_nothing_and_numbers_reports_from_one() -> None:
     assert leases.reports.add("a", "first") == 1
 
 
+def test_a_new_session_reports_again_all_that_was_not_acknowledged_about_adopted_leases() -> None:
+    leases, executor, _ = machine("a", "b")
+    for lease_id, text in (("a", "a started"), ("a", "a succeeded")):
+        leases.report(lease_id, text)
+    leases.ended("a", "outputs")
+    leases.report("b", "b started")
+    leases.reports.acknowledge(1)
+    assert leases.welcome("s2", False, (), {"a"}) == ["a succeeded"]
+    assert leases.held() == ["a"]
+    assert executor.calls[-1] == ("stop", "b")
+    leases.reports.acknowledge(1)
+    assert leases.held() == []
+
+
 def test_commands_change_a_lease_by_its_state() -> None:
     leases, executor, said = machine("started", "revoked", "stopped", "left")
     executor.calls.clear()

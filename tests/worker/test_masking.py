@@ -23,7 +23,7 @@ FORMS = [
 
 
 def written(masker: Masker, pieces: list[str]) -> str:
-    """Return what is logged of text that comes in pieces."""
+    """Return the logged text of an output that is written in pieces."""
     found: list[str] = []
     for piece in pieces:
         masker.log(lambda stream, text, is_truncated: found.append(text), "stdout", piece, False)

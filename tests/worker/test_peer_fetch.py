@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.peer_fetch import AT_A_TIME, SHUN_S, PeerFetcher
+from lattice_worker.peer_fetch import AT_A_TIME, SKIP_NODE_S, PeerFetcher
 
 NAME = "0" * 32
 BYTES = b"some bytes"
@@ -180,7 +180,7 @@ def test_a_node_is_asked_again_when(how: str, tmp_path: Path) -> None:
                 await other.bring(late)
             case "a while is over":
                 await other.let_pass(PATIENCE_S)
-                await other.let_pass(SHUN_S)
+                await other.let_pass(SKIP_NODE_S)
         assert not await first
         assert await second is (how == "something else came from it")
         again = other.ask()

@@ -15,7 +15,7 @@ from lattice_client import LatticeClient, task
 from lattice_server.executors.processes import token_flags
 from lattice_server.tokens import new_token
 from lattice_worker import secrecy
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.tenants import entry, write_tokens
 

@@ -1,4 +1,4 @@
-"""The lines of a service's program: what is kept of them, and that no secret is."""
+"""The lines of a service's program: the server keeps the newest ones, without secrets."""
 
 import asyncio
 

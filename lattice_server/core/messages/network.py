@@ -5,7 +5,7 @@ from lattice_server.core.symbol import Symbol
 
 
 class NetworkVerdict(Symbol):
-    """What a worker decided about a connection; every value but `ALLOWED` is a refusal or a failure."""
+    """The decision of a worker about a connection; every value but `ALLOWED` is a refusal or a failure."""
 
     ALLOWED = "allowed"
     NOT_LISTED = "not_listed"

@@ -141,7 +141,7 @@ class Run:
 
     @property
     def is_unsettled(self) -> bool:
-        """Whether there are more tasks to send or to stop; `go_on` handles the next of them."""
+        """Whether there are more tasks to send or to stop; `proceed` handles the next of them."""
         return self._handover.is_under_way and not self.is_terminal
 
     def final_task_ids(self) -> list[str]:
@@ -176,7 +176,7 @@ class Run:
         """Set the values of parameters; the others have the defaults of the workflow."""
         self._values.parameters = {**self.spec.parameters, **parameters}
 
-    def go_on(self, now: float) -> list[Effect]:
+    def proceed(self, now: float) -> list[Effect]:
         """Send or stop more tasks, after a call that left some."""
         return self._settle(now)
 

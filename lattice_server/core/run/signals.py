@@ -1,7 +1,7 @@
 """Owns the signals of one run: the values that callers have sent, and the attempts that wait for one.
 
 Rule: each attempt gets the values of a name in the order in which they were sent, from the first one on, each once. So
-a repeated attempt, and each of several tasks, gets what an earlier or other one got.
+repeated attempts and several tasks all get the same values.
 """
 
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ class Signals:
         return effects
 
     def forget(self, task_id: str) -> None:
-        """Forget what the earlier attempts at a task have read and wait for: they are over."""
+        """Forget the values that earlier attempts of a task have read, and their waits: these attempts have ended."""
         if (reader := self._readers.pop(task_id, None)) is not None:
             for number in reader.waits:
                 self._deadlines.discard((task_id, number))

@@ -19,7 +19,7 @@ from lattice_server.core.scheduling.work import Task
 
 @dataclass(slots=True, eq=False)
 class Unclaimed:
-    """One such lease: its members by position, without those that have ended. It holds a permit of its key."""
+    """One such lease: its running members by position. It holds a permit of its key."""
 
     known: EarlierLease
     concurrency: Concurrency | None
@@ -100,13 +100,12 @@ class EarlierLeases:
         assert set(self._deadlines) == set(self._leases.values())
         members = {task: lease for lease in self._leases.values() for task in lease.members.values()}
         assert members == self._of
-        assert not any(task.lease_id or task.follows or task.is_over for task in members)
+        assert not any(task.lease_id or task.predecessor or task.is_over for task in members)
 
     def _take_out(self, lease: Unclaimed) -> None:
         del self._leases[lease.known.lease_id]
         self._deadlines.discard(lease)
-        self._placer.permits.release(lease.concurrency)
-        self._placer.note_change()
+        self._placer.release_permit(lease.concurrency)
         for task in lease.members.values():
             del self._of[task]
 

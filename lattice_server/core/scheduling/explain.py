@@ -27,8 +27,8 @@ def explain(
         node_id = earlier.node_of(task)
         text = f"attempt {task.attempt} ran on node {node_id!r} when the server was restarted, and may still run there"
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - task.admitted_at, 0.0)
-    if task.follows is not None:
-        source = task.follows.ready.spec.task_id
+    if task.predecessor is not None:
+        source = task.predecessor.ready.spec.task_id
         reason = Reason(ReasonKind.INPUT, f"it waits for task {source!r}", task_id=source)
         return Explanation((reason,), now - task.admitted_at, None)
     if task.retry_at is not None:
@@ -55,8 +55,8 @@ def _explain_leased(task: Task, placer: Placer, waits: Waits, now: float) -> Exp
         text = f"attempt {task.attempt} runs on node {node_id!r}"
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - lease.started_at, 0.0)
     waited_s = now - lease.sent_at
-    if task.follows is not None:
-        source = task.follows.ready.spec.task_id
+    if task.predecessor is not None:
+        source = task.predecessor.ready.spec.task_id
         text = f"it was sent to node {node_id!r} along with task {source!r}, which it waits for"
         return Explanation((Reason(ReasonKind.INPUT, text, source, node_id),), waited_s, None)
     ahead = list(lease.slot.lease_ids).index(lease.lease_id)

@@ -55,7 +55,7 @@ class LeaseReports:
         where = (node.node_id, node.spec.node_ip, lease.slot.gpu_indices)
         for item, task in enumerate(lease.tasks):
             if item not in lease.ended:
-                # A task that follows another one is never queued.
+                # A task with a predecessor is never queued.
                 times = (task.waiting_since or lease.sent_at, lease.sent_at)
                 self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item, *times))
 

@@ -67,8 +67,8 @@ class Lease:
 
     @property
     def waits_for_input(self) -> bool:
-        """Whether its task follows another one that has not succeeded, so that it cannot have started."""
-        return self.tasks[0].follows is not None
+        """Whether the predecessor of its task has not succeeded, so that it cannot have started."""
+        return self.tasks[0].predecessor is not None
 
     @property
     def is_ending(self) -> bool:
@@ -104,7 +104,7 @@ class LeaseTable:
     def assign(self, tasks: list[Task], slot: Slot, expected_s: float, now: float) -> Lease:
         """Lease tasks to the worker of a slot, which runs them after the earlier leases of the slot."""
         first = tasks[0]
-        after_lease_id = "" if first.follows is None else first.follows.lease_id
+        after_lease_id = "" if first.predecessor is None else first.predecessor.lease_id
         share, tenant = self._registry.share(first.shape), first.ready.tenant
         lease_id = f"{self._epoch}-{next(self._numbers)}"
         lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, tenant, share, now, after_lease_id)
@@ -150,11 +150,11 @@ class LeaseTable:
             slot.progress_at, slot.is_slow = now, False
             if slot.is_parked and len(slot.lease_ids):
                 self._unpark(slot)
-            clocks.hold(lease.tenant, -lease.share, now)
+            clocks.add_share(lease.tenant, -lease.share, now)
             if slot.lease_ids:
                 following = self.leases[next(iter(slot.lease_ids))]
                 clocks.send_ahead(following.tenant, -following.share * following.expected_s, now)
-                clocks.hold(following.tenant, following.share, now)
+                clocks.add_share(following.tenant, following.share, now)
         else:
             clocks.send_ahead(lease.tenant, -lease.share * lease.expected_s, now)
         if not slot.lease_ids:
@@ -184,7 +184,7 @@ class LeaseTable:
             resources=spec.resources,
             gpu_indices=lease.slot.gpu_indices,
             timeout_s=spec.attempt_timeout_s,
-            after_lease_id="" if first.follows is None else lease.after_lease_id,
+            after_lease_id="" if first.predecessor is None else lease.after_lease_id,
             network=spec.network,
             environment=first.ready.environment,
         )
@@ -236,7 +236,7 @@ class LeaseTable:
         if slot.lease_ids:
             self._clocks.send_ahead(lease.tenant, lease.share * lease.expected_s, now)
         else:
-            self._clocks.hold(lease.tenant, lease.share, now)
+            self._clocks.add_share(lease.tenant, lease.share, now)
         self.leases[lease.lease_id] = lease
         slot.lease_ids[lease.lease_id] = None
         self._registry.nodes[slot.node_id].attempts += len(lease.tasks)

@@ -1,7 +1,7 @@
 """Owns the tasks that the scheduler has: their admission, backoff, time limits and end.
 
 Rule: a task is in exactly one place: behind another task, queued, in backoff, in a lease, or in one of an earlier life
-of the server. A task in a lease may follow another one as well, with which it was sent.
+of the server. A task in a lease may also have a predecessor, with which it was sent.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +52,7 @@ class LiveTasks:
     _timeouts: Deadlines[Task] = field(default_factory=Deadlines)
 
     def admit(self, ready: TaskReady, now: float) -> None:
-        """Take a task and queue it, or have it follow another one."""
+        """Take a task and queue it, or link it to its predecessor."""
         spec = ready.spec
         key = (ready.run_id, spec.task_id)
         if key in self.by_key:
@@ -79,7 +79,7 @@ class LiveTasks:
             self._emit(TaskReturned(*key))
             return
         self._add(task)
-        chains.follow(task, source)
+        chains.link(task, source)
         if source.lease_id:
             self._placer.send_along(source, now)
 
@@ -136,7 +136,7 @@ class LiveTasks:
         self._backoff.set(task, task.retry_at)
 
     def succeed(self, task: Task, event: AttemptSucceeded, now: float, ended_at: float | None) -> None:
-        """End a task with its outputs, and queue its followers."""
+        """End a task with its outputs, and queue its dependents."""
         if task.ending is not None and task.ending.kind is not FailureKind.CANCELLED:
             # It exceeded its time limit, or its request was refused. A cancelled task may still succeed.
             self.end(task)
@@ -147,14 +147,14 @@ class LiveTasks:
             self._forget(task)
             outputs, split = stamped_all(event.outputs, event.split, task.ready.spec.isolation)
             self._emit(TaskSucceeded(*task.named, outputs, split, event.duration_s, ended_at))
-            for follower in chains.release(task, outputs):
-                self._start(follower, now)
+            for dependent in chains.release(task, outputs):
+                self._start(dependent, now)
 
     def end(self, task: Task, ended_at: float | None = None) -> None:
         """End a task for the reason it must, at `ended_at` if that is not now."""
         assert task.ending is not None
         self._placer.queue.discard(task)
-        chains.unfollow(task)
+        chains.unlink(task)
         for dropped in chains.drop(task, task.ending):
             # Its run decides what becomes of it.
             self._forget(dropped)
@@ -192,9 +192,9 @@ class LiveTasks:
         backing_off = list(self._backoff)
         assert all(task.retry_at is not None for task in backing_off)
         leased = [task for lease in leases.values() for task in lease.members()]
-        following = [task for task in self.by_key.values() if task.follows is not None and not task.lease_id]
+        dependent = [task for task in self.by_key.values() if task.predecessor is not None and not task.lease_id]
         apart = (*self._needs.waiting, *self.earlier.tasks())
-        places = [id(task) for task in (*waiting, *backing_off, *leased, *following, *apart)]
+        places = [id(task) for task in (*waiting, *backing_off, *leased, *dependent, *apart)]
         assert len(places) == len(set(places)), "a task is in two places"
         assert set(places) == {id(task) for task in self.by_key.values()}, "a task is nowhere"
         self._needs.check(self.by_key.values())
@@ -202,7 +202,7 @@ class LiveTasks:
         for key, task in self.by_key.items():
             assert key == task.key
             _check_task(task)
-            if task.ready.spec.total_timeout_s is not None and task.follows is None and task.ending is None:
+            if task.ready.spec.total_timeout_s is not None and task.predecessor is None and task.ending is None:
                 assert id(task) in timed, "the time limit of a task has no deadline"
 
     def _start(self, task: Task, now: float) -> None:
@@ -221,7 +221,7 @@ class LiveTasks:
 
     def _queue(self, task: Task, now: float) -> None:
         task.retry_at = None
-        if task.is_over or task.follows is not None:
+        if task.is_over or task.predecessor is not None:
             return
         if (failure := task.ready.refusal or self._needs.failure_of(task)) is not None:
             task.ending = failure
@@ -259,8 +259,8 @@ def _check_task(task: Task) -> None:
     assert task.failures < retry.max_attempts
     assert task.losses < retry.max_worker_losses
     assert task.attempt >= 0
-    if task.follows is not None and task.ending is None:
-        assert not task.follows.is_over, "a task follows one that ended"
-        assert task.follows.followers[task.ticket] is task
-    assert all(follower.follows is task for follower in task.followers.values())
+    if task.predecessor is not None and task.ending is None:
+        assert not task.predecessor.is_over, "the predecessor of a task has ended"
+        assert task.predecessor.dependents[task.ticket] is task
+    assert all(dependent.predecessor is task for dependent in task.dependents.values())
     assert task.ending is None or task.lease_id, "a task that must end and is in no lease has not ended"

@@ -1,7 +1,7 @@
 """Owns the services that tasks need. Rule: a task is queued only while all of them are ready and one node reaches all.
 
-A task that waits for a service holds nothing. When a service changes, each task that needs it and that no worker has is
-looked at again.
+A task that waits for a service holds nothing. When a service changes, each unassigned task that needs it is checked
+again.
 """
 
 from collections.abc import Callable, Iterable

@@ -40,7 +40,7 @@ class Pipeline:
         """Return how long an attempt of the task's function usually runs; None when it has not run yet."""
         return self._durations.get(task.ready.spec.function.digest)
 
-    def learn(self, task: Task, duration_s: float) -> None:
+    def note_duration(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt ran."""
         digest = task.ready.spec.function.digest
         known = self._durations.pop(digest, duration_s)
@@ -79,11 +79,11 @@ class Pipeline:
         return slot, expected_s
 
     def next_along(self, task: Task, now: float) -> tuple[Task, float] | None:
-        """Return the follower of a leased task to send to the same slot, and how long it is expected to run.
+        """Return the dependent of a leased task to send to the same slot, and how long it is expected to run.
 
-        Only an only follower is sent along: of several ones all but one would start sooner elsewhere.
+        Only a single dependent is sent along: of several, all but one would start sooner elsewhere.
         """
-        if len(task.followers) != 1:
+        if len(task.dependents) != 1:
             return None
         lease = self._table.leases[task.lease_id]
         if (
@@ -93,15 +93,15 @@ class Pipeline:
             or not self._registry.nodes[lease.slot.node_id].takes_work
         ):
             return None
-        (following,) = task.followers.values()
-        expected_s = self.expected_s(following)
-        if expected_s is None or following.lease_id or task.shape.is_async or task.shape.is_exclusive:
+        (dependent,) = task.dependents.values()
+        expected_s = self.expected_s(dependent)
+        if expected_s is None or dependent.lease_id or task.shape.is_async or task.shape.is_exclusive:
             return None
-        if (following.shape, following.concurrency) != (task.shape, task.concurrency):
+        if (dependent.shape, dependent.concurrency) != (task.shape, task.concurrency):
             return None
-        if following.ready.spec.batch is not None or not self._has_room(lease.slot, expected_s, now):
+        if dependent.ready.spec.batch is not None or not self._has_room(lease.slot, expected_s, now):
             return None
-        return following, expected_s
+        return dependent, expected_s
 
     def note_assigned(self, lease: Lease, now: float) -> None:
         """Note a new lease, which may wait behind others of its slot."""

@@ -18,7 +18,7 @@ class Shape:
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
     lease of this shape is the only one on its node, and `is_service` that it does not end by itself. `network` are the
-    servers that its sandbox may connect to. `nodes` are those that reach the services it needs; None for all.
+    servers that its sandbox may connect to. `nodes` are the nodes that reach the services it needs; None for all.
     """
 
     resources: Resources

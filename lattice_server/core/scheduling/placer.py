@@ -69,11 +69,11 @@ class Placer:
         self.pipeline.note_assigned(self.table.assign(tasks, slot, expected_s, now), now)
 
     def send_along(self, task: Task, now: float) -> None:
-        """Send the chain of followers of a leased task to the same slot, so that the worker need not wait for them."""
+        """Send the chain of dependents of a leased task to the same slot, so that the worker need not wait for them."""
         while (found := self.pipeline.next_along(task, now)) is not None:
-            following, expected_s = found
-            self.assign([following], self.table.leases[task.lease_id].slot, expected_s, now)
-            task = following
+            dependent, expected_s = found
+            self.assign([dependent], self.table.leases[task.lease_id].slot, expected_s, now)
+            task = dependent
 
     def release(self, lease: Lease, now: float) -> None:
         """Release a lease."""
@@ -84,10 +84,17 @@ class Placer:
         if lease.slot.concurrency is not None:
             self.queue.reopen(lease.slot.concurrency.key)
 
+    def release_permit(self, held: Concurrency | None) -> None:
+        """Release the permit of a lease of an earlier life of the server."""
+        self.note_change()
+        self.permits.release(held)
+        if held is not None:
+            self.queue.reopen(held.key)
+
     def learn(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt of a task ran."""
         self.note_change()
-        self.pipeline.learn(task, duration_s)
+        self.pipeline.note_duration(task, duration_s)
 
     def next_deadline(self) -> float | None:
         """Return when a task may have to be placed, a node reserved, or a lease revoked next."""

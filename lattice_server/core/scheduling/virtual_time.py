@@ -48,7 +48,7 @@ class TenantClocks:
         account = self._account(name, now)
         account.used = max(account.used, self._served)
 
-    def hold(self, name: str, share: float, now: float) -> None:
+    def add_share(self, name: str, share: float, now: float) -> None:
         """Add to the share of the cluster that a tenant holds; a negative share takes away."""
         account = self._account(name, now)
         account.share += share

@@ -107,7 +107,7 @@ class Waits:
                 self._placer.note_change()
 
     def of(self, lease_id: str) -> list[Wait]:
-        """Return what the attempt of a lease waits for."""
+        """Return the open waits of the attempt of a lease."""
         return list(self._open.get(lease_id, {}).values())
 
     def forget(self, lease: Lease) -> None:
@@ -146,13 +146,13 @@ class Waits:
         """Return the parked leases that wait in a circle: none of them ends before another one does."""
         left = {lease.lease_id: lease for lease in self._all() if self._open.get(lease.lease_id)}
         while True:
-            free = [lease for lease in left.values() if self._can_go_on(lease, left)]
+            free = [lease for lease in left.values() if self._can_resume(lease, left)]
             if not free:
                 return left
             for lease in free:
                 del left[lease.lease_id]
 
-    def _can_go_on(self, lease: Lease, left: Mapping[str, Lease]) -> bool:
+    def _can_resume(self, lease: Lease, left: Mapping[str, Lease]) -> bool:
         """Whether all tasks that a lease waits for can end while the leases `left` stay parked."""
         for wait in self._open[lease.lease_id].values():
             task = self._tasks.get(wait.key)

@@ -27,12 +27,12 @@ SLACK = 64  # How many outdated entries a heap may have beyond the number of que
 class Task:
     """One task that the scheduler has. It is in one place: behind another task, queued, in backoff, or in a lease.
 
-    Tasks are ordered by `rank` and then `ticket`, lowest first; both stay the same over retries. `follows` is the task
-    it waits for, to whose outputs `inputs` refer until that one succeeds; `followers` wait for this one. `group` is set
-    while it is queued, and `stay` counts how often it was. `retry_at` is set during backoff, `lease_id` while a worker
-    has it. `attempt` is the number of its newest attempt. `losses` counts the workers that were lost while it was alone
-    on their node. `cohort` identifies the rest of a batch that crashed. `ending` is why it must end, `is_over` that it
-    has.
+    Tasks are ordered by `rank` and then `ticket`, lowest first; both stay the same over retries. `predecessor` is the
+    task it waits for, to whose outputs `inputs` refer until that task succeeds; `dependents` wait for this task.
+    `group` is set while it is queued, and `stay` counts how often it was. `retry_at` is set during backoff, `lease_id`
+    while a worker has it. `attempt` is the number of its newest attempt. `losses` counts the workers that were lost
+    while it was alone on their node. `cohort` identifies the rest of a batch that crashed. `ending` is why it must end,
+    `is_over` that it has.
     """
 
     ready: TaskReady
@@ -42,8 +42,8 @@ class Task:
     inputs: Mapping[str, Binding]
     admitted_at: float
     rank: float = field(init=False)
-    follows: "Task | None" = None
-    followers: "dict[int, Task]" = field(default_factory=dict)
+    predecessor: "Task | None" = None
+    dependents: "dict[int, Task]" = field(default_factory=dict)
     group: "TaskGroup | None" = None
     stay: int = 0
     waiting_since: float = 0.0

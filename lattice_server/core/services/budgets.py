@@ -97,7 +97,7 @@ class Use:
     refused: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Left:
     """How much a provider says is left of one limit, and after how many seconds it will be whole again."""
 

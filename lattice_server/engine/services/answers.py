@@ -29,16 +29,25 @@ GATEWAY_PERMITS = "lattice/gateway.permits"
 JSON = "application/json"
 
 
+class QuestionFormError(Exception):
+    """The value of a question is not an object in JSON."""
+
+
 def content_of(question: QuestionAsked) -> Mapping[str, Any]:
-    """Return the value of a question; empty when it is not an object in JSON."""
-    content = question.payload.content
-    if question.payload.media_type != JSON or not isinstance(content, str | bytes):
-        return {}
+    """Return the value of a question; empty for one without a value. Raises QuestionFormError."""
+    payload = question.payload
+    if payload.media_type != JSON or not isinstance(payload.content, str | bytes):
+        text = f"{question.name} takes a dict that JSON can have, and no tuples or other objects in it"
+        raise QuestionFormError(f"{text}; the value was sent as {payload.media_type}")
     try:
-        found = json.loads(content)
-    except ValueError:
+        found = json.loads(payload.content)
+    except ValueError as error:
+        raise QuestionFormError(f"the value of {question.name} is not JSON: {error}") from None
+    if found is None:
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise QuestionFormError(f"{question.name} takes a dict, not {type(found).__name__}")
+    return found
 
 
 def answered(question: QuestionAsked, value: Mapping[str, Any]) -> AnswerQuestion:

@@ -5,6 +5,7 @@ Rule: a service is found by its name within its tenant; a task reaches the servi
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -36,6 +37,8 @@ from lattice_server.engine.services.task_needs import TaskNeeds
 MAX_SERVICES = 1000  # Of one tenant.
 SETTLED = frozenset({ServiceState.READY, ServiceState.DEGRADED, ServiceState.FAILED, ServiceState.STOPPING})
 AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
+
+log = logging.getLogger(__name__)
 
 
 class Services:
@@ -158,6 +161,18 @@ class Services:
         return True
 
     def _take_question(self, run: RunEntry, question: QuestionAsked) -> None:
+        """Take a question of an instance, a gateway or a task; one whose value cannot be read is refused."""
+        try:
+            self._serve(run, question)
+        except answers.QuestionFormError as error:
+            self._orchestrator.answer(answers.refused(question, "QuestionError", str(error)))
+        except Exception:
+            # Its value has another form than the parts of it should have; an answer ends the wait for one.
+            log.exception("a question named %s was not understood", question.name)
+            text = f"the server did not understand the value of {question.name}"
+            self._orchestrator.answer(answers.refused(question, "QuestionError", text))
+
+    def _serve(self, run: RunEntry, question: QuestionAsked) -> None:
         if self._driver.serve(question) or self._models.serve(question):
             return
         content = answers.content_of(question)

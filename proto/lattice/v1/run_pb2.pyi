@@ -148,10 +148,10 @@ class _NetworkVerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     NETWORK_VERDICT_NAME_DIFFERS: _NetworkVerdict.ValueType  # 6
     """Refused: TLS or HTTP named another server than the one connected to."""
     NETWORK_VERDICT_MALFORMED: _NetworkVerdict.ValueType  # 7
-    """Refused: what was sent is neither TLS nor a request."""
+    """Refused: the attempt sent neither TLS nor a request."""
 
 class NetworkVerdict(_NetworkVerdict, metaclass=_NetworkVerdictEnumTypeWrapper):
-    """What a worker decided about a connection of a sandbox."""
+    """The decision of a worker about a connection of a sandbox."""
 
 NETWORK_VERDICT_UNSPECIFIED: NetworkVerdict.ValueType  # 0
 """Not set; never sent by this server."""
@@ -168,7 +168,7 @@ NETWORK_VERDICT_UNREACHABLE: NetworkVerdict.ValueType  # 5
 NETWORK_VERDICT_NAME_DIFFERS: NetworkVerdict.ValueType  # 6
 """Refused: TLS or HTTP named another server than the one connected to."""
 NETWORK_VERDICT_MALFORMED: NetworkVerdict.ValueType  # 7
-"""Refused: what was sent is neither TLS nor a request."""
+"""Refused: the attempt sent neither TLS nor a request."""
 Global___NetworkVerdict: typing_extensions.TypeAlias = NetworkVerdict
 
 class _LogStream:
@@ -1093,8 +1093,8 @@ Global___TasksAdded: typing_extensions.TypeAlias = TasksAdded
 @typing.final
 class TaskNetworkAccess(google.protobuf.message.Message):
     """The connections of one attempt to one server so far that ended with the same verdict. There is an event for the first
-    of them, at once, and one with the totals when the attempt has ended. Of what a batch does its first item has the
-    events.
+    of them, at once, and one with the totals when the attempt has ended. The connections of a batch are in the events of
+    its first item.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -1144,7 +1144,7 @@ class NetworkAccess(google.protobuf.message.Message):
     port: builtins.int
     """The port; zero when none was given."""
     verdict: Global___NetworkVerdict.ValueType
-    """What the worker decided."""
+    """The worker's decision."""
     message: builtins.str
     """The reason in words, for people."""
     address: builtins.str

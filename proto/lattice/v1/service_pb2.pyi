@@ -374,8 +374,9 @@ Global___ServiceSpec: typing_extensions.TypeAlias = ServiceSpec
 
 @typing.final
 class LlmBudget(google.protobuf.message.Message):
-    """How much of a model may be used, by all nodes together. Requests over the budget wait at the gateways, and tenants that
-    share it take turns. A model of a provider shares its budget with all that have the same URL, model and key.
+    """How much of a model may be used, by all nodes together. Requests over the budget wait at the gateways; the tenant
+    that used least of a shared budget is next. A model of a provider shares its budget with all that have the same URL,
+    model and key.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -387,8 +388,8 @@ class LlmBudget(google.protobuf.message.Message):
     requests_per_minute: builtins.int
     """Requests a minute; unset means no limit."""
     tokens_per_minute: builtins.int
-    """Tokens of prompts and answers together a minute; unset means no limit. Before an answer its tokens are estimated,
-    after it those that it reports count.
+    """Tokens of prompts and answers together a minute; unset means no limit. Before an answer its tokens are estimated;
+    after it the numbers that it reports count.
     """
     concurrency: builtins.int
     """Requests at once; unset means no limit."""

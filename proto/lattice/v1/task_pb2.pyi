@@ -334,7 +334,7 @@ class TaskSpec(google.protobuf.message.Message):
 
     @property
     def sandbox(self) -> Global___SandboxPolicy:
-        """What the sandbox of an attempt allows beyond its isolation level."""
+        """Permissions of the sandbox of an attempt beyond its isolation level."""
 
     def __init__(
         self,
@@ -368,7 +368,7 @@ Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
 
 @typing.final
 class SandboxPolicy(google.protobuf.message.Message):
-    """What the sandbox of an attempt allows beyond its isolation level."""
+    """Permissions of the sandbox of an attempt beyond its isolation level."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -403,7 +403,7 @@ class TaskVariable(google.protobuf.message.Message):
     secret: builtins.str
     """The name of a secret: one of the `secrets` of the request that starts the run or adds the task, or else one that
     the server has for the tenant. INVALID_ARGUMENT when there is no such secret. Its value is in no event, log,
-    journal or answer, and is masked in what attempts write and raise if it has at least 8 characters.
+    journal or answer, and is masked in the output and the failures of attempts if it has at least 8 characters.
     """
     def __init__(
         self,

@@ -606,8 +606,8 @@ class Welcome(google.protobuf.message.Message):
 
     @property
     def adopted_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Of `Hello.held_leases`, those that continue in a session that was not resumed. The worker numbers their reports that
-        are not acknowledged anew, and sends them in this session. It asks their questions without an answer again.
+        """The leases of `Hello.held_leases` that continue in a session that was not resumed. The worker numbers their reports
+        that are not acknowledged anew, and sends them in this session. It asks their questions without an answer again.
         Assignments use none of their slots.
         """
 
@@ -813,11 +813,11 @@ class Assignment(google.protobuf.message.Message):
 
     @property
     def secret_variables(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Which of them are secrets: a worker masks their values in what the attempts write and raise."""
+        """Which of them are secrets: a worker masks their values in the output and the failures of the attempts."""
 
     @property
     def sandbox(self) -> lattice.v1.task_pb2.SandboxPolicy:
-        """What the sandbox allows beyond the isolation level."""
+        """Permissions of the sandbox beyond its isolation level."""
 
     def __init__(
         self,

@@ -58,10 +58,10 @@ class WorkerServiceStub(object):
 
     A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
     within `session_ttl`, the session is lost and its attempts are requeued. A server that was started again knows no
-    session. If it has a journal, it knows which attempts had started: it adopts those that the worker still has, within
-    `session_ttl` of its start. It acknowledges a report only when what follows from it is durable. Neither side puts an error into the stream's
-    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
-    without `close` means: reconnect.
+    session. If it has a journal, it knows which attempts had started: it adopts the attempts that the worker still has,
+    within `session_ttl` of its start. It acknowledges a report only when the effects of the report are durable. Neither
+    side puts an error into the stream's status: the server says why it ends in `close` and then waits for the worker to
+    end its side. A stream that ends without `close` means: reconnect.
     """
 
     def __init__(self, channel):
@@ -115,10 +115,10 @@ class WorkerServiceServicer(object):
 
     A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
     within `session_ttl`, the session is lost and its attempts are requeued. A server that was started again knows no
-    session. If it has a journal, it knows which attempts had started: it adopts those that the worker still has, within
-    `session_ttl` of its start. It acknowledges a report only when what follows from it is durable. Neither side puts an error into the stream's
-    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
-    without `close` means: reconnect.
+    session. If it has a journal, it knows which attempts had started: it adopts the attempts that the worker still has,
+    within `session_ttl` of its start. It acknowledges a report only when the effects of the report are durable. Neither
+    side puts an error into the stream's status: the server says why it ends in `close` and then waits for the worker to
+    end its side. A stream that ends without `close` means: reconnect.
     """
 
     def Connect(self, request_iterator, context):
@@ -189,10 +189,10 @@ class WorkerService(object):
 
     A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
     within `session_ttl`, the session is lost and its attempts are requeued. A server that was started again knows no
-    session. If it has a journal, it knows which attempts had started: it adopts those that the worker still has, within
-    `session_ttl` of its start. It acknowledges a report only when what follows from it is durable. Neither side puts an error into the stream's
-    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
-    without `close` means: reconnect.
+    session. If it has a journal, it knows which attempts had started: it adopts the attempts that the worker still has,
+    within `session_ttl` of its start. It acknowledges a report only when the effects of the report are durable. Neither
+    side puts an error into the stream's status: the server says why it ends in `close` and then waits for the worker to
+    end its side. A stream that ends without `close` means: reconnect.
     """
 
     @staticmethod

@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
-from tests.e2e.graphs import control, reaching
+from tests.e2e.graphs import control, nesting, reaching
 from tests.e2e.graphs.cases import CASES
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "langgraph.md"
 BEGIN, END = "<!-- begin of the table of scenarios -->\n", "<!-- end of the table of scenarios -->\n"
-MODULES = (control, reaching)  # their import adds the scenarios
+MODULES = (control, nesting, reaching)  # their import adds the scenarios
 
 
 def table() -> str:
     """Return the table."""
     rows = ["| feature | synchronous callers | asyncio |", "|---|---|---|"]
-    for case in CASES.values():
+    # A test may have imported one of the modules before.
+    order = [module.__name__ for module in MODULES]
+    for case in sorted(CASES.values(), key=lambda case: order.index(case.scenario.__module__)):
         has = ["same result" if caller in case.callers else "—" for caller in ("sync", "async")]
         rows.append(f"| {case.feature} | {' | '.join(has)} |")
     return "\n".join(rows) + "\n"

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from lattice_server.core.messages import (
+    AcknowledgeReports,
     Assign,
     CancelRequested,
     CloseSession,
@@ -29,6 +30,7 @@ from lattice_server.core.run.limits import Bounds
 from lattice_server.core.run.run import Run
 from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.checked_scheduler import CheckedScheduler
+from tests.server.core.restoring import made_again
 from tests.server.core.watcher import Watcher
 from tests.server.core.workers import Behaviour, Worker
 
@@ -51,20 +53,41 @@ class Cluster:
         session_ttl_s: float = 5.0,
     ) -> None:
         self.now = 0.0
-        self.machine = (CheckedScheduler if is_checked else Scheduler)("e", session_ttl_s, limits)
-        self.watcher = Watcher(self.machine, limits)
+        self._limits = limits
+        self._session_ttl_s = session_ttl_s
+        self._is_checked = is_checked
+        self._life = 0
+        self._begin_life()
         self.runs: dict[str, Run] = {}
         self.facts: dict[str, list[tuple[float, Any]]] = {}
         self.workers: dict[str, Worker] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
         self._behave = behave
         self._latency_s = latency_s
-        self._is_checked = is_checked
         self._calls: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._to_scheduler: deque[Any] = deque()
         self._is_expected = False
 
+    def _begin_life(self) -> None:
+        self._life += 1
+        kind = CheckedScheduler if self._is_checked else Scheduler
+        self.machine = kind(f"e{self._life}", self._session_ttl_s, self._limits)
+        self.watcher = Watcher(self.machine, self._limits)
+
     # Calls of tests.
+
+    def restart(self) -> None:
+        """Let the server be killed and started again: only facts of runs survive. Workers have to dial again."""
+        self._to_scheduler.clear()
+        self._is_expected = False
+        self._begin_life()
+        for worker in self.workers.values():
+            worker.disconnect()
+        for run_id, old in self.runs.items():
+            run, restoration = made_again(old, self.facts[run_id], **self._settings[run_id])
+            self.runs[run_id] = run
+            self.perform(run, run.resume(restoration, self.now))
 
     def join(self, hello: WorkerHello) -> Worker:
         """Start a worker."""
@@ -95,13 +118,14 @@ class Cluster:
     def _greet(self, worker: Worker) -> None:
         worker.greeting = next(self._numbers)
         held = tuple(worker.held())
-        hello = replace(worker.hello, session_id=worker.session_id, held_lease_ids=held, greeting=worker.greeting)
-        self._post(hello)
+        named = {"session_id": worker.session_id, "held_lease_ids": held, "held": worker.held_leases()}
+        self._post(replace(worker.hello, greeting=worker.greeting, **named))
 
     def start(self, run_id: str, spec: WorkflowSpec, *, bounds: Bounds | None = None, **settings: Any) -> Run:
         """Start a run."""
-        run = Run(run_id, spec, dag.build(spec, ()), bounds=bounds or Bounds(), **settings)
-        self.runs[run_id], self.facts[run_id] = run, []
+        settings["bounds"] = bounds or Bounds()
+        run = Run(run_id, spec, dag.build(spec, ()), **settings)
+        self.runs[run_id], self.facts[run_id], self._settings[run_id] = run, [], settings
         self.perform(run, run.start({}, self.now))
         return run
 
@@ -148,7 +172,12 @@ class Cluster:
         self._to_scheduler.append(event)
         if not self._is_expected:
             self._is_expected = True
-            self.after(self._latency_s, self._schedule)
+            self._after_in_life(self._schedule)
+
+    def _after_in_life(self, call: Callable[[], None]) -> None:
+        """Call back after the latency, unless the server is killed before."""
+        life = self._life
+        self.after(self._latency_s, lambda: call() if self._life == life else None)
 
     def _schedule(self) -> None:
         self._is_expected = False
@@ -164,12 +193,12 @@ class Cluster:
             self.watcher.take(effects)
             self.watcher.check(self.now)
         if effects:
-            self.after(self._latency_s, lambda: self._deliver(effects))
+            self._after_in_life(lambda: self._deliver(effects))
 
     def _deliver(self, effects: Sequence[Any]) -> None:
         for effect in effects:
             match effect:
-                case Assign() | StopLease() | RevokeLease() | WelcomeWorker():
+                case Assign() | StopLease() | RevokeLease() | WelcomeWorker() | AcknowledgeReports():
                     self._tell_worker(effect)
                 case CloseSession():
                     for node_id, worker in list(self.workers.items()):
@@ -185,7 +214,7 @@ class Cluster:
                     run = self.runs[effect.run_id]
                     self.perform(run, run.handle(effect, self.now))
 
-    def _tell_worker(self, effect: Assign | StopLease | RevokeLease | WelcomeWorker) -> None:
+    def _tell_worker(self, effect: Assign | StopLease | RevokeLease | WelcomeWorker | AcknowledgeReports) -> None:
         for worker in list(self.workers.values()):
             if isinstance(effect, WelcomeWorker):
                 if worker.greeting == effect.greeting:

@@ -147,7 +147,7 @@ class RunHistories(RuleBasedStateMachine):
     @precondition(lambda self: self.run.is_unsettled)
     @rule()
     def run_goes_on(self) -> None:
-        self.perform(self.run.go_on(self.now))
+        self.perform(self.run.proceed(self.now))
 
     # The scheduler.
 

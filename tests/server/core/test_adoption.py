@@ -204,3 +204,9 @@ def test_an_adopted_lease_is_lost_when_its_worker_does_not_hold_it_any_more() ->
     scene.tell(messages.WorkerHeartbeat(session_id, frozenset({"old-b"}), 0))
     assert list(retried(scene)) == ["a"]
     assert report(scene, "old-b") == {"b": "succeeded"}
+
+
+def test_a_task_takes_the_permit_of_a_lease_that_has_ended_once_its_worker_says_so() -> None:
+    scene = Scene(node("other"))
+    assert scene.tell(running("a", max_parallel=1), ready("b", max_parallel=1)) == []
+    assert scene.tell(back(HeldLease("old-a", has_ended=True))) == ["b"]

@@ -96,7 +96,7 @@ def test_refusals_without_a_time_wait_longer_each_time_until_an_answer_comes() -
     assert budget.use(now).blocked_s == 1.0
 
 
-def test_requests_of_a_lost_gateway_count_for_a_window_and_its_waiting_ones_are_dropped() -> None:
+def test_lost_gateway_has_its_requests_counted_for_a_window_and_its_queue_dropped() -> None:
     budget = Budget(Limits(requests_per_minute=2, concurrency=1))
     requests = request("a", holder="x"), request("b", holder="x"), request("c", holder="y")
     assert ask_all(budget, *requests) == ["a"]

@@ -1,6 +1,11 @@
 """One run: progress, failure, cancellation."""
 
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import (
@@ -136,3 +141,22 @@ def test_a_broken_graph_is_refused_by_name(tasks: tuple[TaskSpec, ...], reason: 
     with pytest.raises(InvalidError, match=text if "->" not in text else "cycle") as caught:
         dag.build(WorkflowSpec(tasks))
     assert caught.value.reason == reason
+
+
+@given(st.dictionaries(st.sampled_from("abcdefg"), st.lists(st.sampled_from("abcdefg"), unique=True)))
+def test_a_graph_is_refused_with_a_cycle_of_its_edges_exactly_when_it_has_one(drawn: dict[str, list[str]]) -> None:
+    sources = {name: drawn.get(name, []) for name in "abcdefg"}
+    try:
+        TopologicalSorter(sources).prepare()
+    except CycleError:
+        with pytest.raises(InvalidError) as caught:
+            dag.build(WorkflowSpec(tuple(task(name, tuple(names)) for name, names in sources.items())))
+        first, *path = caught.value.metadata["cycle"].split(" -> ")
+        assert path[-1] == first
+        assert len({*path}) == len(path)
+        assert all(source in sources[target] for source, target in pairwise([first, *path]))
+    else:
+        built = dag.build(WorkflowSpec(tuple(task(name, tuple(names)) for name, names in sources.items())))
+        edges = {(source, target) for source, targets in built.successors.items() for target in targets}
+        assert edges == {(source, target) for target, names in sources.items() for source in names}
+        assert {target: [*names] for target, names in built.predecessors.items()} == sources

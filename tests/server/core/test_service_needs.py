@@ -18,7 +18,7 @@ def up(key: str = "m", *nodes: str) -> ServiceChanged:
 
 
 def needed(scene: Scene) -> dict[str, tuple[int, int]]:
-    """Return what the last step told of services."""
+    """Return the needs of services that the last step reported."""
     return {e.key: (e.waiting, e.others) for e in scene.effects if isinstance(e, ServiceNeeded)}
 
 
@@ -61,7 +61,7 @@ def test_task_of_several_services_needs_one_node_for_all() -> None:
     assert scene.tell(up("n", "a", "b")) == ["t"]
 
 
-def test_queued_task_waits_again_when_its_service_is_lost_and_a_running_one_continues() -> None:
+def test_queued_task_waits_again_when_its_service_is_lost_during_another() -> None:
     scene = Scene(node("a", cpu=1))
     scene.tell(up())
     assert scene.tell(needing("t"), needing("u")) == ["t"]

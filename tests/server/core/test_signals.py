@@ -53,7 +53,7 @@ def sends(scene: RunScene, text: str = "1", name: str = "s") -> list[Any]:
     return scene.take(scene.run.signals.send(name, value(text), next(requests))[1])
 
 
-def test_an_attempt_gets_the_values_of_a_signal_in_order_whether_they_came_before_it_waited_or_after() -> None:
+def test_attempt_gets_the_values_of_a_signal_in_order_sent_before_or_after_its_wait() -> None:
     scene = RunScene(task("a"))
     started(scene, "a")
     (fact,) = sends(scene, "1")

@@ -36,7 +36,7 @@ def test_a_run_is_cancelled_once_no_call_has_held_it_for_the_grace_time() -> Non
     assert tether.next_deadline() is None
 
 
-def test_a_run_that_no_call_ever_held_is_cancelled_and_one_that_is_held_again_is_not() -> None:
+def test_tied_run_is_cancelled_when_no_call_holds_it_within_the_grace_time() -> None:
     scene, tether = tied()
     assert tether.next_deadline() == 5.0
     tether.hold(5.0)

@@ -41,7 +41,10 @@ class Watcher:
 
     def submit(self, ready: TaskReady) -> TaskReady:
         """Note that a task is handed over."""
-        self.submitted[ready.run_id, ready.spec.task_id] = ready
+        key = ready.run_id, ready.spec.task_id
+        self.submitted[key] = ready
+        if ready.earlier is not None:
+            self._running.add(key)
         return ready
 
     def take(self, effects: Iterable[SchedulerEffect]) -> None:
@@ -148,7 +151,7 @@ class Watcher:
     def _check_node(self, node: Node) -> None:
         slots: dict[int, Lease] = {}
         for lease in self.machine.leases.values():
-            if lease.slot.node_id == node.node_id:
+            if lease.slot.node_id == node.node_id and not lease.slot.is_over:
                 slots[lease.slot.slot_id] = lease
         held = [(lease.tasks[0].ready.spec, lease.slot.gpu_indices) for lease in slots.values()]
         assert sum(spec.resources.cpu for spec, _ in held) <= node.spec.capacity.cpu + CLOSE
@@ -171,6 +174,8 @@ class Watcher:
     def _check_limits(self) -> None:
         calls: dict[str, dict[int, int]] = {}
         for lease in self.machine.leases.values():
+            if lease.slot.is_over:  # Its attempts have ended before the server was started; only their reports come.
+                continue
             spec = lease.tasks[0].ready.spec
             name = spec.concurrency_key or (spec.function.digest if spec.max_parallel else "")
             if name:

@@ -1,11 +1,20 @@
 """A worker as the contract has it, without processes or a clock, for simulations."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lattice_server.core import messages
-from lattice_server.core.messages import Assign, AttemptInputs, RevokeLease, StopLease, WelcomeWorker, WorkerHello
+from lattice_server.core.messages import (
+    AcknowledgeReports,
+    Assign,
+    AttemptInputs,
+    HeldLease,
+    RevokeLease,
+    StopLease,
+    WelcomeWorker,
+    WorkerHello,
+)
 from lattice_server.core.model import (
     Binding,
     BindingList,
@@ -69,10 +78,20 @@ class Worker:
         self._upstream: dict[str, Outputs] = {}
         self._followers: dict[str, list[str]] = {}
         self._outbox: list[Any] = []
+        self._sequence = 0
+        self._unacknowledged: dict[int, Any] = {}
 
     def held(self) -> list[str]:
-        """Return the leases that a hello after a break names."""
-        return list(dict.fromkeys([*self._leases, *(report.lease_id for report in self._outbox)]))
+        """Return the leases that a hello names: those that have not ended, and those with reports that may be lost."""
+        return list(dict.fromkeys([*self._leases, *self._reported()]))
+
+    def held_leases(self) -> tuple[HeldLease, ...]:
+        """Return those of them that have started, which another life of the server may adopt."""
+        started = dict.fromkeys([*self._running, *self._reported()])
+        return tuple(HeldLease(lease_id, lease_id not in self._leases) for lease_id in started)
+
+    def _reported(self) -> list[str]:
+        return [report.lease_id for report in (*self._unacknowledged.values(), *self._outbox)]
 
     def take(self, effect: Any) -> None:
         """Take a message of the server."""
@@ -82,13 +101,16 @@ class Worker:
                     for lease_id in effect.drop_lease_ids:
                         self._forget(lease_id)
                 else:
-                    self._reset()
+                    self._reset(effect.session_id, effect.adopted_lease_ids)
                 self.session_id, self.is_connected = effect.session_id, True
                 outbox, self._outbox = self._outbox, []
                 for report in outbox:
                     self._report(report)
             case Assign():
                 self._assign(effect)
+            case AcknowledgeReports():
+                for sequence in [known for known in self._unacknowledged if known <= effect.sequence]:
+                    del self._unacknowledged[sequence]
             case RevokeLease():
                 if effect.lease_id in self._leases and effect.lease_id not in self._running:
                     self._give_back(effect.lease_id)
@@ -101,9 +123,17 @@ class Worker:
         """Lose the stream; reports are kept."""
         self.is_connected = False
 
-    def _reset(self) -> None:
-        for kept in (self._leases, self._slots, self._running, self._upstream, self._followers, self._outbox):
-            kept.clear()
+    def _reset(self, session_id: str, adopted: tuple[str, ...]) -> None:
+        """Begin another session with the leases that it adopts, each in a slot that no assignment names."""
+        kept = [lease_id for lease_id in adopted if lease_id in self._leases]
+        self._leases = {lease_id: replace(self._leases[lease_id], slot=-n) for n, lease_id in enumerate(kept, 1)}
+        self._slots = {-n: [lease_id] for n, lease_id in enumerate(kept, 1)}
+        self._running = {lease_id: self._running[lease_id] for lease_id in kept}
+        self._upstream.clear()
+        self._followers.clear()
+        again = [report for report in (*self._unacknowledged.values(), *self._outbox) if report.lease_id in adopted]
+        self._unacknowledged.clear()
+        self._sequence, self._outbox = 0, [replace(report, session_id=session_id) for report in again]
 
     def _assign(self, assign: Assign) -> None:
         if assign.lease_id in self._leases:
@@ -183,7 +213,10 @@ class Worker:
         if self.is_gone:
             return
         if self.is_connected:
+            self._sequence += 1
+            self._unacknowledged[self._sequence] = report
             self._say(report)
+            self._say(messages.ReportsRead(self.session_id, self._sequence))
         else:
             self._outbox.append(report)
 

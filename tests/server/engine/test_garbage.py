@@ -121,7 +121,7 @@ def test_the_thresholds_of_the_process_are_restored_when_the_server_stops() -> N
     assert gc.get_freeze_count() == 0
 
 
-def test_objects_stay_frozen_when_the_process_had_frozen_them_before_the_server_started() -> None:
+def test_objects_stay_frozen_when_the_process_froze_them_before_the_start() -> None:
     before = gc.get_freeze_count()
     assert before > 0
     collection = GarbageCollection(lambda: True)

@@ -60,7 +60,7 @@ def test_a_run_hands_over_a_few_tasks_at_once_and_in_the_end_all(shape: Callable
     whole, sliced = (Run("r", spec, dag.build(spec, ()), slice_tasks=size) for size in (None, 10))
     batches = [sliced.start({}, 0.0)]
     while sliced.is_unsettled:
-        batches.append(sliced.go_on(0.0))
+        batches.append(sliced.proceed(0.0))
     assert max(map(ready_in, batches)) <= 10
     assert [effect for batch in batches for effect in batch] == whole.start({}, 0.0)
 
@@ -80,7 +80,7 @@ def test_a_run_takes_added_tasks_in_slices_and_tells_them_as_if_added_at_once(
     batches = [sliced.add(finish(sliced.adding(added)), 1.0)]
     while sliced.is_unsettled:
         sliced.check()
-        batches.append(sliced.go_on(1.0))
+        batches.append(sliced.proceed(1.0))
     sliced.check()
     assert max(map(ready_in, batches)) <= 10
     effects = [effect for batch in batches for effect in batch]
@@ -95,7 +95,7 @@ def test_a_run_stops_a_few_tasks_at_once(shape: Callable[[int], WorkflowSpec]) -
     run.start({}, 0.0)
     batches = [run.cancel("enough", 1.0)]
     while run.is_unsettled:
-        batches.append(run.go_on(1.0))
+        batches.append(run.proceed(1.0))
         run.check()
     stopped = [effect for batch in batches for effect in batch if isinstance(effect, CancelRequested)]
     assert max(len(effect.task_ids) for effect in stopped) <= 10

@@ -44,7 +44,7 @@ def checked(folder: Path) -> tuple[int, int]:
     try:
         facts = check(folder, journal)
         deadline = time.monotonic() + 20.0
-        # The journal deletes meanwhile: only what is read once can be compared.
+        # The journal deletes files meanwhile, so the two lists are read again until they agree.
         while (found := (files(folder), used_files(folder)))[0] != found[1] and time.monotonic() < deadline:
             time.sleep(0.01)
         assert listening.error is None

@@ -1,8 +1,10 @@
 """What only the journal in PostgreSQL does: its lock, its versions, and its content after either side was killed."""
 
+import json
 import signal
 import time
 from pathlib import Path
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import psycopg
@@ -19,6 +21,7 @@ from lattice_server.journal.postgres import PostgresSettings, open_postgres
 from tests.server.journal.crashing import check
 from tests.server.journal.listening import Listening, accepted, event, store, whole
 from tests.server.journal.postgres_server import PostgresServer
+from tests.server.journal.test_commands import lattice, real
 from tests.server.journal.test_crashes import died, start
 
 
@@ -104,3 +107,25 @@ def test_nothing_acknowledged_is_lost_when_the_database_is_killed(
         assert len(list(reader.events(1))) == 20
         assert [item.sequence for item in reader.events(2)] in ([1], [1, 2])
     journal.close()
+
+
+def test_commands_read_a_journal_that_no_server_has(postgres_server: PostgresServer) -> None:
+    # The commands read the schema of servers, so this test has a database of its own.
+    name = f"own_{uuid4().hex}"
+    with psycopg.connect(postgres_server.database, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    parts = psycopg.conninfo.conninfo_to_dict(postgres_server.database) | {"dbname": name}
+    url = f"postgresql:///?{urlencode(parts)}"
+    assert "there is no journal" in lattice("check", url).output
+    listening = Listening()
+    journal = open_postgres(listening, PostgresSettings(url))
+    store(journal, listening, *real(1), *real(2))
+    assert "another server" in lattice("check", url).output
+    assert "pg_dump" in lattice("backup", url, "copy").output
+    journal.close()
+    assert "2 runs, of which 0 have not ended; 2 events; 0 workflows: no damage" in lattice("check", url).output
+    exported = [json.loads(line)["kind"] for line in lattice("export", url).output.splitlines()]
+    assert exported == ["run", "bundle", "function", "definition", "event", "run", "definition", "event"]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DELETE FROM lattice.events WHERE run = 1")
+    assert 'run "run-1": event 1 of run 1 is missing' in lattice("check", url).output

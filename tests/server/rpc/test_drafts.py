@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 from grpc import StatusCode as Code
@@ -177,9 +178,10 @@ def test_tasks_of_a_draft_are_added_to_a_run(idle: Caller) -> None:
 
 def test_draft_is_refused_when_it_exceeds_the_limits_of_a_run(idle: Caller) -> None:
     limits = idle.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()).limits
-    drafts = DraftGraphs(ArtifactStore(), max_tasks=limits.run_tasks)
-    with pytest.raises(ExhaustedError) as caught:
-        drafts.expect("d", "", None, 1, limits.run_tasks + 1)
+    with closing(ArtifactStore()) as store:
+        drafts = DraftGraphs(store, max_tasks=limits.run_tasks)
+        with pytest.raises(ExhaustedError) as caught:
+            drafts.expect("d", "", None, 1, limits.run_tasks + 1)
     assert caught.value.reason == "RUN_TOO_LARGE"
 
 

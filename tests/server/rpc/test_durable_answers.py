@@ -74,7 +74,7 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 async def rounds() -> None:
-    """Let the event loop run what it can."""
+    """Let the event loop run its ready callbacks."""
     for _ in range(10):
         await asyncio.sleep(0)
 

@@ -19,12 +19,12 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from lattice_client import AsyncLatticeClient, LatticeClient, context, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
+from tests.commands import START
 from tests.server.apps import NoWorkers, serving
 from tests.server.telemetry.receiver import Receiver, attributes_of, receiving, receiving_http
 from tests.server.telemetry.workload import double, fail_once, measured, on_a_loop
 
 SERVER, CLIENT = trace_pb2.Span.SPAN_KIND_SERVER, trace_pb2.Span.SPAN_KIND_CLIENT
-LATTICE = str(Path(sys.executable).parent / "lattice")
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(
 @pytest.mark.slow
 def test_console_has_metrics_and_spans_as_json() -> None:
     kinds = ["--metrics", "console", "--traces", "console"]
-    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1", *kinds]
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1", *kinds]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

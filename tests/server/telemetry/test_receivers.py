@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import shutil
-import sys
 import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ import pytest
 from opentelemetry import trace
 
 from lattice_client import AsyncLatticeClient, context, task
+from tests.commands import START
 from tests.server.apps import NoWorkers, serving
 from tests.server.telemetry.load import SETTINGS, load, until
 from tests.server.telemetry.receiver import attributes_of, receiving
@@ -25,7 +25,6 @@ from tests.server.telemetry.test_deploy import panel_queries
 from tests.server.telemetry.workload import measured, on_a_loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
-LATTICE = str(Path(sys.executable).parent / "lattice")
 WAIT_S = 60.0
 
 
@@ -113,7 +112,7 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
             serving(NoWorkers(), traces="otlp", session_ttl_s=30.0) as app,
             AsyncLatticeClient(app.address) as client,
         ):
-            worker = (LATTICE, "start", "--worker", "--addr", app.address, "--num-cpus", "1")
+            worker = (*START, "--worker", "--addr", app.address, "--num-cpus", "1")
             async with (
                 running(*worker, "--node-id", "left", "--label", "at=left"),
                 running(*worker, "--node-id", "right", "--label", "at=right"),
