@@ -172,13 +172,13 @@ def test_unclaimed_and_adopted_leases_hold_the_permit_of_their_key() -> None:
     ) == ["b"]
 
 
-def test_members_of_a_batch_are_adopted_together_unless_its_first_one_has_ended() -> None:
+def test_members_of_a_batch_are_adopted_together_unless_one_before_another_has_ended() -> None:
     scene = Scene()
-    batch = BatchPolicy(2, 0.0)
-    members = ("a", "old", 0), ("b", "old", 1), ("d", "part", 1)
+    batch = BatchPolicy(3, 0.0)
+    members = ("a", "old", 0), ("b", "old", 1), ("d", "part", 1), ("e", "gap", 0), ("f", "gap", 2)
     scene.tell(*[running(name, lease, item=item, batch=batch) for name, lease, item in members])
-    scene.tell(back(HeldLease("old"), HeldLease("part")))
-    assert (welcome(scene).adopted_lease_ids, list(retried(scene))) == (("old",), ["d"])
+    scene.tell(back(HeldLease("old"), HeldLease("part"), HeldLease("gap")))
+    assert (welcome(scene).adopted_lease_ids, list(retried(scene))) == (("old",), ["d", "e", "f"])
     assert report(scene, "old", 1) == {"b": "succeeded"}
     assert report(scene, "old", 0) == {"a": "succeeded"}
 
@@ -210,3 +210,12 @@ def test_a_task_takes_the_permit_of_a_lease_that_has_ended_once_its_worker_says_
     scene = Scene(node("other"))
     assert scene.tell(running("a", max_parallel=1), ready("b", max_parallel=1)) == []
     assert scene.tell(back(HeldLease("old-a", has_ended=True))) == ["b"]
+
+
+def test_a_lease_is_not_adopted_when_its_node_does_not_suit_its_task_any_more() -> None:
+    scene = Scene()
+    scene.tell(running("a", node_selector=(("zone", "eu"),)))
+    scene.tell(back(HeldLease("old-a"), labels={"zone": "us"}))
+    found = welcome(scene)
+    assert (found.adopted_lease_ids, found.drop_lease_ids) == ((), ("old-a",))
+    assert set(retried(scene)) == {"a"}

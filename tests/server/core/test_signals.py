@@ -80,6 +80,18 @@ def test_each_task_and_each_attempt_gets_all_values_of_a_signal() -> None:
     assert waits(scene, "a", 1, lease="m")[1] == replace(first, lease_id="m-a")
 
 
+def test_a_value_stays_read_when_a_later_attempt_reads_fewer() -> None:
+    scene = RunScene(task("a"))
+    started(scene, "a")
+    for number in (1, 2):
+        sends(scene, str(number))
+        waits(scene, "a", number)
+    scene.take(scene.run.handle(TaskRetrying("r", "a", 1, BROKEN, 0.0), 2.0))
+    started(scene, "a", 2)
+    assert waits(scene, "a", 1, lease="m")[1] == CallEnded("m-a", 1, value("1"))
+    assert scene.run.signals.unread() == ()
+
+
 def test_a_wait_ends_with_its_time_and_the_next_one_gets_the_value() -> None:
     scene = RunScene(task("a"))
     started(scene, "a")
