@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 REAP_S = 0.5
+MAX_LISTINGS = 20
 ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # For `waitid`: 0 there are children, -1 none.
 
 
@@ -37,6 +38,16 @@ def kill_tree(pid: int) -> None:
 
 def children_of(pid: int) -> list[int]:
     """Return the processes whose parent is `pid`."""
+    found = _listed_children(pid)
+    # The kernel leaves a child out when another one, or a thread that had children, ends while it lists them.
+    for _ in range(MAX_LISTINGS):
+        before, found = found, _listed_children(pid)
+        if found == before:
+            break
+    return found
+
+
+def _listed_children(pid: int) -> list[int]:
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # A thread that ended meanwhile.

@@ -140,6 +140,7 @@ def test_command_prints_one_line_when_the_run_is_unknown(address: str, verb: str
 def test_commands_of_other_packages_are_offered() -> None:
     assert re.findall(r"^  (\w+) ", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE) == [
         "doctor",
+        "journal",
         "llm",
         "nodes",
         "run",

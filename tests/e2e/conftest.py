@@ -63,7 +63,8 @@ def served(*flags: str, statuses: Sequence[int] = (0,)) -> Iterator[str]:
         status = process.wait(30)
     assert status in statuses
     assert not psutil.wait_procs(started, timeout=30)[1]
-    assert not [folder for folder in folders if folder.exists()]
+    # A worker is ended while a slow engine still removes its containers; the next worker deletes their folder.
+    assert not [folder for folder in folders if folder.exists() and not folder.name.startswith("lattice-containers-")]
 
 
 @pytest.fixture(scope="session")
