@@ -42,9 +42,11 @@ def address() -> Iterator[str]:
     with engine() as found, pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATTICE_DOCKER_HOST", found)
         # The image does not have the tests.
-        cloudpickle.register_pickle_by_value(attempts)
-        cloudpickle.register_pickle_by_value(test_honest_code)
+        for module in (attempts, test_honest_code):
+            cloudpickle.register_pickle_by_value(module)
         yield found
+        for module in (attempts, test_honest_code):
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def small() -> Policy:

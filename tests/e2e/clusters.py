@@ -59,7 +59,10 @@ class Cluster:
                 self.join(machine, name, *flags)
         ready = cluster_pb2.NODE_STATE_READY
         self.until(
-            lambda: {node_id: node.state for node_id, node in self.nodes().items()} == dict.fromkeys(names, ready)
+            lambda: (
+                {name: node.state for name, node in self.nodes().items() if name != "ray-head"}
+                == dict.fromkeys(names, ready)
+            )
         )
 
     @property

@@ -247,13 +247,9 @@ def test_a_task_fails_with_payload_when_a_large_value_was_lost_with_its_node(
     assert failed.value.kind == "PAYLOAD"
 
 
-def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) -> None:
-    check_model_of_another_node(two)
-    two.client.services.stop("tiny", timeout=WAIT_S)
-    check_budget_of_two_nodes(two)
+# These come last: the head that is left offers a node of its own.
 
 
-# It leaves another head behind, and so comes last.
 def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) -> None:
     four_in(two, room)
     two.head.kill_all()
@@ -271,3 +267,9 @@ def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) ->
     assert passed_on(two, "head").result(timeout=WAIT_S) == {"result": MANY_BYTES}
     assert two.head.sent_bytes(PORT) - sent < MANY_BYTES / 10
     assert two.head.carried_bytes() - carried > MANY_BYTES
+
+
+def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) -> None:
+    check_model_of_another_node(two)
+    two.client.services.stop("tiny", timeout=WAIT_S)
+    check_budget_of_two_nodes(two)

@@ -133,6 +133,7 @@ def test_a_run_is_cancelled_when_the_wait_for_its_result_is(local: str, room: Ro
             waiting = asyncio.create_task(run.result(cancel_on_disconnect=0.01))
             async for event in run.events():
                 if event.type == "task_log":
+                    await asyncio.sleep(1)  # The wait has reached the server by then; nothing tells when it does.
                     waiting.cancel()
                 last = event
             assert last.data["state"] == "cancelled"
