@@ -269,6 +269,7 @@ def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) ->
     assert two.head.carried_bytes() - carried > MANY_BYTES
 
 
+@pytest.mark.exhaustive
 def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) -> None:
     check_model_of_another_node(two)
     two.client.services.stop("tiny", timeout=WAIT_S)

@@ -281,8 +281,8 @@ def test_the_timeout_of_an_attempt_begins_when_its_process_has_started(tmp_path:
         return 1
 
     async def scenario(both: Pair) -> None:
-        # Python alone takes longer than this to start.
-        both.stream.assign("cold", at_once, is_async=True, timeout=Duration(nanos=100_000_000))
+        # A worker that has just started takes about as long as this to start Python and the process of a task.
+        both.stream.assign("cold", at_once, is_async=True, timeout=Duration(nanos=500_000_000))
         assert await both.stream.value("cold") == 1
 
     play(scenario, tmp_path)
