@@ -4,7 +4,6 @@ Rule: a value for which the store has no room lies on disk, in the folder that `
 invocation fails and names the store.
 """
 
-import _thread
 import contextlib
 import errno
 import fcntl
@@ -21,7 +20,6 @@ SPARES = "spares"
 DISK = "disk"
 MIN_SPARE_BYTES = 1024 * 1024
 MIB = 1024 * 1024
-MIN_HALVED_BYTES = 8 * MIB
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -115,46 +113,11 @@ def remove(path: str) -> None:
 
 def _fill(file: io.FileIO, parts: list[Any], size: int) -> None:
     with file:
-        offset = 0
         for part in parts:
-            (_write if len(part) < MIN_HALVED_BYTES else _write_halves)(file.fileno(), memoryview(part), offset)
-            offset += len(part)
+            view = memoryview(part)
+            while view:
+                view = view[file.write(view) :]
         file.truncate(size)
-
-
-def _write(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _write_halves(descriptor: int, view: memoryview, offset: int) -> None:
-    """Write bytes with a second thread: one copies less than half of what the memory can."""
-    middle = len(view) // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-    errors: list[OSError] = []
-    is_done = _thread.allocate_lock()
-    is_done.acquire()
-
-    def write_second() -> None:
-        try:
-            _write(descriptor, view[middle:], offset + middle)
-        except OSError as error:
-            errors.append(error)
-        finally:
-            is_done.release()
-
-    try:
-        # Not a `threading.Thread`: a task may have replaced that, or hooked into it.
-        _thread.start_new_thread(write_second, ())
-    except RuntimeError:  # The process may have no more threads.
-        _write(descriptor, view, offset)
-        return
-    try:
-        _write(descriptor, view[:middle], offset)
-    finally:
-        is_done.acquire()  # The descriptor is closed next, and its number may become another file's.
-    if errors:
-        raise errors[0]
 
 
 def _room(*folders: str) -> str:
