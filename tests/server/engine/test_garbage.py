@@ -26,7 +26,8 @@ def saving_garbage() -> Iterator[list[str]]:
     try:
         yield types
         gc.collect()
-        types += sorted({type(found).__qualname__ for found in gc.garbage if "lattice" in type(found).__module__})
+        classes = {type(found) for found in gc.garbage}
+        types += sorted(found.__qualname__ for found in classes if "lattice_server" in found.__module__)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
