@@ -41,3 +41,9 @@ def test_a_start_that_fails_leaves_nothing_behind_and_is_tried_again(
     staging = ArtifactStaging(str(tmp_path))
     with staging.opened():
         asyncio.run(scenario())
+
+
+def test_a_key_shows_the_names_of_variables_and_no_value() -> None:
+    shown = repr(RunnerKey("tenant", variables=(("API_KEY", "canary"),)))
+    assert "API_KEY" in shown
+    assert "canary" not in shown

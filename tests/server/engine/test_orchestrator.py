@@ -429,6 +429,19 @@ def test_a_fact_one_run_cannot_take_ends_that_run_and_no_other(caplog: pytest.Lo
     asyncio.run(scenario())
 
 
+def test_events_before_one_that_a_run_cannot_take_are_in_its_log() -> None:
+    async def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "bad", workflow({"t": (), "u": ("t",)}))
+        started = TaskStarted("bad", "t", 1, "n", "ip", ())
+        unknown = TaskFailed("bad", "ghost", 1, Failure(FailureKind.USER_ERROR, "broken"))
+        orchestrator.deliver([started, unknown, TaskSucceeded("bad", "t", 1, {})])
+        facts = [event.fact for event in entry.log.events]
+        assert facts[1] is started
+        assert [type(fact) for fact in facts[2:]] == [TaskCancelled, TaskCancelled, RunFinished]
+
+    play(scenario, retained_runs=1)
+
+
 def test_a_run_that_cannot_start_or_be_cancelled_for_a_bug_ends_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         def fail(*_: Any) -> NoReturn:
