@@ -246,8 +246,8 @@ class LatticeClient:
     def retry_run(self, run_id: str, new_run_id: str = "", *, secrets: Sequence[str] = ()) -> Run:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 
-        It has the same workflow, parameters and settings. The values of its secrets ended with it: those that the `env`
-        of this client names are sent again, and the variables of this process that `secrets` names.
+        It has the same workflow, parameters and settings. The values of its secrets ended with it. Sent again are the
+        secrets in the `env` of this client, and the variables of this process that `secrets` names.
 
         Raises NotFoundError, PreconditionError when the run has not ended, and InvalidArgumentError when a secret is
         missing.

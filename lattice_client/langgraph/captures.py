@@ -95,7 +95,7 @@ def _check(function: Any, owner: Any, what: str) -> None:
 
 
 class _Changes:
-    """The changes that the source of one function makes to what it captures. `owner` is its `self`, or UNKNOWN."""
+    """The changes that a function's source makes to its captured variables. `owner` is its `self`, or UNKNOWN."""
 
     def __init__(self, function: FunctionType, owner: Any) -> None:
         self._code = code = function.__code__
@@ -106,7 +106,7 @@ class _Changes:
         self._inner = {name for inner in _inner(code) for name in (*inner.co_varnames, *inner.co_cellvars)}
 
     def found(self) -> Iterator[tuple[str, int]]:
-        """Yield the names of what is changed, and the lines."""
+        """Yield the names of changed variables, and the lines."""
         tree, first = _tree(self._code)
         for step in ast.walk(tree):
             match step:
@@ -170,7 +170,7 @@ class _Changes:
             case ast.Attribute(value=value, attr=name):
                 return _attributes(self._content(value)).get(name, UNKNOWN)
             case ast.Subscript(value=value):
-                # The container stands for what it holds.
+                # A container stands for its items.
                 found = self._content(value)
                 return found if isinstance(found, CONTAINERS) else UNKNOWN
         return UNKNOWN

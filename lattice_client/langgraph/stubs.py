@@ -31,7 +31,7 @@ class TaskPlan(Protocol):
 
     @property
     def local(self) -> frozenset[str]:
-        """The names of those that stay in the process of the graph."""
+        """The names of the functions that stay in the process of the graph."""
 
     @property
     def used(self) -> set[str]:

@@ -92,7 +92,7 @@ class TaskTable:
         self.place(record, transition("task", record.spec.task_id, record.state, state, TASK_TRANSITIONS))
 
     def place(self, record: TaskRecord, state: TaskState) -> None:
-        """Set a task's state, whatever the one before."""
+        """Set a task's state without a check of the transition."""
         old, record.state = record.state, state
         self.counts[old] -= 1
         self.counts[state] += 1

@@ -4,8 +4,8 @@ A request counts from when it is permitted until a window after its first byte c
 some moment in between, so that it cannot have counted more than its limit in any window, however it counts. Its tokens
 are estimated first, and replaced by those that the answer reports.
 
-A provider that says how much is left tells how much others use: what it counts more than this machine does is held
-until it is free again, for a window at most.
+A provider that says how much is left tells how much others use. That use is the difference between its count and the
+count here; it is held back until the provider says that it is free again, for a window at most.
 
 Rule: among tenants that wait, the one that used least goes next, and a request is never passed by a smaller one.
 """
@@ -115,13 +115,13 @@ class Elsewhere:
         self._told: list[tuple[float, int]] = []  # Until when, and how much.
 
     def add(self, amount: int, until: float) -> None:
-        """Take what the provider told with an answer."""
+        """Take the counts of the provider in an answer."""
         if amount > 0:
             self._told = [one for one in self._told if one[0] > until or one[1] > amount]
             self._told.append((until, amount))
 
     def at(self, now: float) -> int:
-        """Return what is held at a time."""
+        """Return the use elsewhere that is held back at a time."""
         return max((amount for until, amount in self._told if until > now), default=0)
 
     def ends(self, now: float) -> list[float]:
@@ -129,7 +129,7 @@ class Elsewhere:
         return [until for until, _ in self._told if until > now]
 
     def forget(self, now: float) -> None:
-        """Forget what is over."""
+        """Forget the use that is free again."""
         self._told = [one for one in self._told if one[0] > now]
 
 
@@ -179,7 +179,7 @@ class Budget:
         return self.tick(now)
 
     def told(self, requests: Left | None, tokens: Left | None, now: float) -> list[Request]:
-        """Take what a provider says is left of its limits, each if it says so."""
+        """Take how much a provider says is left of each limit, if it says so."""
         limits = self.limits
         for left, limit, counted, elsewhere in (
             (requests, limits.requests, self._count, self._requests_elsewhere),
