@@ -9,6 +9,7 @@ therefore a packet of their own: the agent finds them to be wrong, and they cann
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -143,6 +144,7 @@ class Channel:
         self._lock = threading.RLock()
         self._queue: deque[list[bytes]] = deque()
         self._is_sending = False
+        self._arrivals: select.epoll | None = None
         self.owner = os.getpid()
 
     def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
@@ -173,10 +175,24 @@ class Channel:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def wait_aside(self) -> None:
+        """From now on, wait for frames in a thread that runs no invocation.
+
+        A thread that waits in `recv` keeps a socket open whose descriptor a task closes, and the agent would not learn
+        of it. One that waits in `epoll_wait` does not.
+        """
+        self._arrivals = select.epoll()
+        self._arrivals.register(self._sock, select.EPOLLIN)
+
+    def _receive(self) -> bytes:
+        if self._arrivals is not None:
+            self._arrivals.poll()
+        return self._sock.recv(PACKET_BYTES)
+
     def frames(self) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
         """Yield frames until the agent closes the socket."""
         assembler = Assembler()
         with contextlib.suppress(ConnectionResetError):
-            while packet := self._sock.recv(PACKET_BYTES):
+            while packet := self._receive():
                 for frame in assembler.feed(packet):
                     yield parse(frame)

@@ -24,6 +24,7 @@ class Inbox:
 
     def __init__(self, channel: Channel) -> None:
         self.running: Output | None = None
+        self._channel = channel
         self._frames = channel.frames()
         self._queue: queue.SimpleQueue[Frame | None] | None = None
         self._lock = threading.Lock()
@@ -42,6 +43,7 @@ class Inbox:
         """Have answers taken while an invocation runs. Called while one does, so that no other thread reads."""
         with self._lock:
             if self._queue is None:
+                self._channel.wait_aside()
                 allow_stack()
                 self._queue = queue.SimpleQueue()
                 # Not a `threading.Thread`: a task may have replaced that, or hooked into it.

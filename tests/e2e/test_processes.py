@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +450,21 @@ def test_a_task_fails_with_a_kind_and_frees_its_cpu_when_it_ends_abnormally(clie
     (node,) = client.nodes()
     assert node.free.cpu == node.capacity.cpu
     assert client.run_task(state, {})["result"][0] > 0
+
+
+@task(timeout=20)
+def close_all() -> Iterator[int]:
+    """Yield, so that a thread reads the control socket. Then close all descriptors, as daemons do, and go on."""
+    yield from range(3000)
+    time.sleep(0.5)  # That thread waits then.
+    os.closerange(3, 256)
+    time.sleep(600)
+
+
+def test_a_task_fails_when_it_closes_the_control_socket_that_a_thread_reads(client: LatticeClient) -> None:
+    with pytest.raises(TaskFailedError) as failed:
+        client.run_task(close_all, {})
+    assert failed.value.kind == "CRASHED"
 
 
 @task(retries=2, retry_backoff=0)

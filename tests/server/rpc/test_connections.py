@@ -1,12 +1,12 @@
 """Limits of one connection: streams, headers, time without a call."""
 
-import threading
+import asyncio
 from collections.abc import Iterator
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import cluster_pb2, results_pb2, workflow_pb2
+from lattice.v1 import cluster_pb2, cluster_pb2_grpc, results_pb2, workflow_pb2
 
 from lattice_server.rpc import server
 from tests.server.apps import NoWorkers, serving_aside
@@ -67,21 +67,17 @@ def test_call_is_refused_when_its_headers_are_too_long(idle: Caller) -> None:
 
 
 def test_connection_is_closed_when_it_has_no_calls(narrow: str) -> None:
-    with grpc.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        caller = Caller(channel)
-        states: list[grpc.ChannelConnectivity] = []
-        idle = threading.Event()
+    # The asyncio channel: the thread by which the other one watches its state fails when the channel is closed.
+    async def watch() -> None:
+        async with grpc.aio.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+            assert (await cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())).version
+            async with asyncio.timeout(HELD_S):
+                while (state := channel.get_state()) is not grpc.ChannelConnectivity.IDLE:
+                    await channel.wait_for_state_change(state)
+            assert (await cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())).version
 
-        def note(state: grpc.ChannelConnectivity) -> None:
-            states.append(state)
-            if state is grpc.ChannelConnectivity.IDLE and grpc.ChannelConnectivity.READY in states:
-                idle.set()
-
-        assert info(caller).version
-        channel.subscribe(note)
-        assert idle.wait(30), states
-        assert info(caller).version
-        channel.unsubscribe(note)
+    asyncio.run(watch())
 
 
 def test_connection_stays_open_when_it_has_a_call(narrow: str) -> None:
