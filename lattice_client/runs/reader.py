@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -190,7 +191,20 @@ class Reader:
             request.cancel_on_disconnect.CopyFrom(duration(grace_s))
             backoff_s = min(backoff_s, grace_s / 10)
         call = self._rpc.results.GetResult
-        return await self._until(run_id, call, request, lambda r: r.run.state in TERMINAL, backoff_s)
+        try:
+            return await self._until(run_id, call, request, lambda r: r.run.state in TERMINAL, backoff_s)
+        except errors.RequestError:
+            raise
+        except BaseException:
+            if grace_s is not None:
+                # The call may not have reached the server, which would not know that the run was tied to it.
+                request.ClearField("wait")
+                self._rpc.beside(partial(self._tie, request))
+            raise
+
+    async def _tie(self, request: results_pb2.GetResultRequest) -> None:
+        with suppress(errors.RequestError, errors.ClientClosedError):
+            await self._rpc.call(self._rpc.results.GetResult, request)
 
     async def _until(
         self,

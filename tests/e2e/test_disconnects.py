@@ -124,22 +124,34 @@ def test_a_run_survives_a_break_that_is_shorter_than_its_grace_time(local: str, 
         asyncio.run(scene())
 
 
-def test_a_run_is_cancelled_when_the_wait_for_its_result_is(local: str, room: Room) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 50])
+def test_a_run_is_cancelled_when_the_wait_for_its_result_is(local: str, room: Room, steps: int) -> None:
     async def scene() -> None:
         async with AsyncLatticeClient(local) as client:
             workflow = client.create_workflow()
             workflow.add_task(hold, {"room": room, "name": "task"})
             run = await workflow.run()
             waiting = asyncio.create_task(run.result(cancel_on_disconnect=0.01))
-            async for event in run.events():
-                if event.type == "task_log":
-                    await asyncio.sleep(1)  # The wait has reached the server by then; nothing tells when it does.
-                    waiting.cancel()
-                last = event
+            # After few steps of the event loop the call has not reached the server.
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            *_, last = [event async for event in run.events()]
             assert last.data["state"] == "cancelled"
             assert last.data["failure"]["message"] == "its caller was disconnected for 0.01 s"
 
     asyncio.run(scene())
+
+
+def test_a_run_is_cancelled_when_the_wait_for_its_result_runs_out_of_time(local: str, room: Room) -> None:
+    with LatticeClient(local) as client:
+        workflow = client.create_workflow()
+        workflow.add_task(hold, {"room": room, "name": "task"})
+        run = workflow.run()
+        with pytest.raises(TimeoutError):
+            run.result(timeout=0, cancel_on_disconnect=0.01)
+        assert end_of(run) == "cancelled"
 
 
 @pytest.mark.parametrize("given", [0, -1, "yes", None, float("nan")])
