@@ -144,9 +144,14 @@ def test_budget_is_shown_and_wrong_ones_are_refused(
     flags = ["--requests-per-minute", "120", "--tokens-per-minute", "60000", "--limit-window", "30"]
     assert lattice("start", "gpt", "--base-url", provider.url, *flags).exit_code == 0
     assert run_many(models, 1, count=2) == {200: 2}
-    heading, row = (line.split("\t") for line in lattice("list").stdout.splitlines())
-    shown = dict(zip(heading, row, strict=True))
-    assert (shown["requests"], shown["tokens"], shown["waiting"]) == ("2/60", "6/30000", "0")
+
+    def shown() -> tuple[str, ...]:
+        heading, row = (line.split("\t") for line in lattice("list").stdout.splitlines())
+        found = dict(zip(heading, row, strict=True))
+        return found["requests"], found["tokens"], found["waiting"]
+
+    # The gateway reports the tokens that were used after the answer.
+    until(lambda: shown() == ("2/60", "6/30000", "0"), "the list shows what was used")
     for wrong in ({"requests_per_minute": 0}, {"limit_window": 5}, {"tokens_per_minute": 1.5}):
         with pytest.raises(TaskDefinitionError, match=next(iter(wrong))):
             models.llm.start("gpt", base_url=provider.url, **wrong)
