@@ -17,7 +17,9 @@ from lattice_server.core.states import LeaseState
 
 AHEAD_S = 0.010  # The longest expected time of the leases of a slot.
 AHEAD_LEASES = 64
-PATIENCE_S = 0.020  # Leases that wait longer than this behind one attempt are revoked.
+# Leases that wait longer than this behind one attempt are revoked. Far more than a short attempt takes: a worker and a
+# server that share a busy machine may tell each other of an end tens of milliseconds after it.
+PATIENCE_S = 0.1
 SHARED_AHEAD_S = 0.002  # `AHEAD_S` while several tenants share the cluster, so that they wait less for each other.
 SHARED_FOR_S = 0.1  # How long tenants count as sharing the cluster after leases of two tenants in a row.
 MAX_FUNCTIONS = 10_000  # The number of functions whose duration is remembered.
