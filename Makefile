@@ -129,6 +129,7 @@ proto: proto-tools
 demo: $(VENV)/.stamp
 	$(VENV)/bin/python scripts/demo.py
 
+# Measures for some minutes, on a machine that does nothing else, and writes docs/performance.md.
 .PHONY: bench
-bench: setup
-	$(VENV)/bin/python -m benchmarks
+bench: $(VENV)/.stamp
+	$(VENV)/bin/python -m benchmarks --page docs/performance.md

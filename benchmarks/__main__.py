@@ -1,27 +1,34 @@
-"""`python -m benchmarks`: runs all workloads on Lattice and on raw Ray, interleaved, and writes a table and a plot."""
+"""`python -m benchmarks`: runs all workloads on Lattice and on raw Ray, interleaved, and writes a page and a plot."""
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import ray
 
-from benchmarks import lattice_side, ray_side
-from benchmarks.report import write
+from benchmarks import lattice_side, ray_side, variants
+from benchmarks.report import Measurements, Samples, write
+from benchmarks.serving import processor_s, served
 from lattice_client import LatticeClient
 
 # The processes and threads of the sixteen clients of W4. Ray is at its best with one driver: several thrash.
 CLIENTS = {"lattice": (4, 4), "ray tasks": (1, 16), "ray actors": (1, 16)}
-SCALE = (1_000, 10_000, 100_000)
-Samples = dict[str, dict[str, list[float]]]
+COUNTS = (1_000, 10_000, 100_000)
+SHAPES = {
+    "one graph": lattice_side.scale,
+    "items of a mapped task": lattice_side.scale_map,
+    "tasks that a task adds": lattice_side.scale_spawn,
+}
+PER = 10_000
 
 
 def main() -> None:
@@ -30,28 +37,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="workloads to run, such as W1 W4")
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 4)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--page", type=Path, default=Path("benchmarks/results/table.md"))
     flags = parser.parse_args()
-    lattice = str(Path(sys.executable).parent / "lattice")
-    command = [lattice, "start", "--head", "--port", "0", "--num-cpus", str(flags.cpus)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    address = server.stdout.readline().strip().rpartition(" ")[2]
-    ray.init(
-        address="local", num_cpus=flags.cpus, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-    )  # fmt: skip
-    try:
-        with LatticeClient(address) as client:
+    with served("--num-cpus", str(flags.cpus)) as (address, pid), LatticeClient(address) as client:
+        ray.init(
+            address="local", num_cpus=flags.cpus, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+        )  # fmt: skip
+        try:
             samples = measure(client, address, flags.rounds, set(flags.only or ()), flags.cpus)
-            memory = scale(client, server.pid, samples) if not flags.only or "scale" in flags.only else {}
-    finally:
-        ray.shutdown()
-        server.terminate()
-        server.wait(30)
-    facts = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", "rounds": flags.rounds}
-    write(flags.output, samples, memory, facts)
-    (flags.output / "samples.json").write_text(json.dumps(samples, indent=1))
+        finally:
+            ray.shutdown()
+        found = Measurements(_machine(flags.rounds), samples)
+        if not flags.only:
+            count_processor(client, pid, found)
+            found.variants = variants.measure(client, flags.cpus, flags.rounds)
+            scale(client, pid, found)
+    write(flags.page, found)
+
+
+def _machine(rounds: int) -> list[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "grpcio", "protobuf"))
+    return [
+        f"{os.cpu_count()} processors, {model}; {psutil.virtual_memory().total / 2**30:.0f} GiB of memory",
+        f"Linux {platform.release()}; Python {platform.python_version()}; {versions}",
+        f"{rounds} rounds",
+    ]
 
 
 def measure(client: LatticeClient, address: str, rounds: int, only: set[str], cpus: int) -> Samples:
@@ -88,7 +101,7 @@ def measure(client: LatticeClient, address: str, rounds: int, only: set[str], cp
                         samples[name][side].append(value)
             medians = {side: round(statistics.median(v), 5) for side, v in samples[name].items()}
             print(f"round {number + 1}/{rounds} {name} {medians}", flush=True)
-    return samples
+    return {name: dict(sides) for name, sides in samples.items()}
 
 
 def _sides(
@@ -133,17 +146,28 @@ def _said(process: "subprocess.Popen[str]", word: str) -> str:
     raise RuntimeError(f"a client ended with status {process.wait()} before it said {word!r}")
 
 
-def scale(client: LatticeClient, pid: int, samples: Samples) -> dict[str, float]:
-    """Measure the cost of a task in larger and larger graphs; return the server's memory a task, in bytes."""
-    memory = {}
+def count_processor(client: LatticeClient, pid: int, found: Measurements) -> None:
+    """Measure the processor time of each part in W1 and W3."""
+    for name, function, tasks, runs in (("W1", lattice_side.one, 1, 2000), ("W3", lattice_side.fan, 1002, 10)):
+        before, started = processor_s(client, pid), time.perf_counter()
+        for _ in range(runs):
+            function(client)
+        factor = PER / (tasks * runs)
+        found.wall_s[name] = (time.perf_counter() - started) * factor
+        after = processor_s(client, pid)
+        found.processor_s[name] = {part: (after[part] - before[part]) * factor for part in after}
+
+
+def scale(client: LatticeClient, pid: int, found: Measurements) -> None:
+    """Measure the cost of a task in larger and larger graphs, and the server's memory for it."""
     process = psutil.Process(pid)
-    for count in SCALE:
-        before = process.memory_info().rss
-        cost = lattice_side.scale(client, count)
-        samples[f"scale {count}"]["lattice"].append(cost)
-        memory[str(count)] = (process.memory_info().rss - before) / count
-        print(f"scale {count}: {cost * 1e6:.0f} us a task, {memory[str(count)]:.0f} bytes a task", flush=True)
-    return memory
+    for shape, function in SHAPES.items():
+        for count in COUNTS:
+            before = process.memory_info().rss
+            cost = function(client, count)
+            memory = (process.memory_info().rss - before) / count
+            found.graphs.append((shape, count, cost, memory))
+            print(f"{shape}, {count}: {cost * 1e6:.0f} us a task, {memory:.0f} bytes a task", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient, context, task
 
 # Another benchmark of this package needs the tests; these tasks do not.
 APART = ["tests"]
@@ -40,6 +40,17 @@ def grow(array: Any) -> Any:
 @task(exclude=APART)
 def total(array: Any) -> float:
     return float(array[0])
+
+
+@task(exclude=APART)
+def numbers(count: int) -> list[int]:
+    return list(range(count))
+
+
+@task(exclude=APART)
+def spread(count: int) -> None:
+    for number in range(count):
+        context.spawn(noop, {"x": number})
 
 
 @task(exclude=APART)
@@ -118,10 +129,30 @@ def scale(client: LatticeClient, count: int) -> float:
         workflow.add_task(noop, {"x": 1})
     started = time.perf_counter()
     run = workflow.run()
-    while run.status() == "running":
-        for event in run.events():
-            if event.type == "run_finished":
-                break
+    for _ in run.events():
+        pass
+    return (time.perf_counter() - started) / count
+
+
+def scale_map(client: LatticeClient, count: int) -> float:
+    """Seconds an item of a no-op task that is mapped over `count` items."""
+    workflow = client.create_workflow()
+    workflow.map(noop, {"x": workflow.add_task(numbers, {"count": count}).output})
+    started = time.perf_counter()
+    run = workflow.run()
+    for _ in run.events():
+        pass
+    return (time.perf_counter() - started) / count
+
+
+def scale_spawn(client: LatticeClient, count: int) -> float:
+    """Seconds a no-op task of `count` that one task adds to its run."""
+    workflow = client.create_workflow()
+    workflow.add_task(spread, {"count": count})
+    started = time.perf_counter()
+    run = workflow.run()
+    for _ in run.events():
+        pass
     return (time.perf_counter() - started) / count
 
 

@@ -1,43 +1,143 @@
-"""Writes measurements as a Markdown table and as an SVG plot."""
+"""Writes measurements as a page with tables, and as an SVG plot."""
 
+import json
 import statistics
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 GOALS = {"W1": 1.0, "W2": 0.25, "W3": 0.25, "W4": 1.0, "W5": 0.7, "W6": 0.3}
-MEANING = {
-    "W1": "one no-op task, s",
-    "W2": "chain of 50, s a hop",
-    "W3": "1, 1000, 1, s",
-    "W4": "3-task chains/s, 16 clients",
-    "W5": "agent graph, s over 400 ms",
-    "W6": "100 MB down 5 tasks, s",
-    "W8": "1000 async tasks of 1 s, s",
+# What each workload is, the factor from its samples to the unit in which it is shown, and that unit.
+WORKLOADS = {
+    "W1": ("one task", 1e3, "ms"),
+    "W2": ("a chain of 50 tasks, each step", 1e3, "ms"),
+    "W3": ("one task, then 1,000 side by side, then one", 1e3, "ms"),
+    "W4": ("16 callers that run chains of three tasks", 1, "chains/s"),
+    "W5": ("an agent's graph of five tasks, over the 400 ms that they sleep", 1e3, "ms"),
+    "W6": ("100 MB passed down five tasks", 1e3, "ms"),
+    "W8": ("1,000 coroutines that sleep 1 s", 1, "s"),
 }
+SIDES = ("lattice", "ray tasks", "ray actors")
+Samples = dict[str, dict[str, list[float]]]
+INTRODUCTION = """# Performance
+
+`make bench` makes this page: Lattice on Ray workers and raw Ray run the same functions on the same machine, through
+their public clients. They take turns within every round; the figures are medians. Compare ratios: times of another
+machine, or of another day on a virtual machine, differ by more than the two systems do.
+
+The tasks do nothing, so that only the cost of running them counts. A task that works for 100 ms hides it.
+"""
+RATIOS = """
+The ratio is Lattice to raw Ray tasks. Below 1 Lattice is faster, except for W4, where the figure is a rate and above 1
+is faster. The red lines in the plot are what we aim at.
+
+![Ratios]({name}.svg)
+"""
+CAVEATS = """
+## What the figures do not say
+
+- Ray tasks and actors are not recorded here. Lattice records each event, and serves it to any number of readers. A
+  journal on disk adds a commit for each run; it is off here, as it is by default.
+- Clients, server, agent, runners and Ray share the processors of one machine. On more processors than two, more of
+  their work overlaps.
+- W6 copies memory. It depends on how fast the machine provides pages, which varies on virtual machines.
+- One Ray driver with 16 threads is compared in W4, its best form; Lattice has four processes of four threads.
+"""
 
 
-def write(folder: Path, samples: dict[str, dict[str, list[float]]], memory: dict[str, float], facts: Any) -> None:
-    """Write `table.md` and `ratios.svg` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"Machine: {facts['machine']}; rounds: {facts['rounds']}; medians.", ""]
-    lines += [
-        "| | what | Lattice | Ray tasks | Ray actors | Lattice / Ray tasks | goal |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ratios = {}
+@dataclass
+class Measurements:
+    """What was measured.
+
+    Attributes:
+        machine: the machine and the versions, a line each.
+        samples: by workload and side; see `WORKLOADS`.
+        graphs: the shape, the number of tasks, the seconds and the bytes of the server's memory a task.
+        processor_s: by part, for 10,000 tasks of W1 and of W3.
+        wall_s: how long these took.
+        variants: see `benchmarks.variants`.
+    """
+
+    machine: list[str]
+    samples: Samples
+    graphs: list[tuple[str, int, float, float]] = field(default_factory=list)
+    processor_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    wall_s: dict[str, float] = field(default_factory=dict)
+    variants: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def write(page: Path, found: Measurements) -> None:
+    """Write a page, and beside it the plot and what `read` returns."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    page.with_suffix(".svg").write_text(_plot(_ratios(found.samples)))
+    page.write_text(text_of(found, page.stem))
+
+
+def read(page: Path) -> Measurements:
+    """Return the measurements of a page."""
+    return Measurements(**json.loads(page.with_suffix(".json").read_text()))
+
+
+def text_of(found: Measurements, name: str) -> str:
+    """Return the text of a page; `name` is the name of its files."""
+    parts = [INTRODUCTION, *(f"- {line}" for line in found.machine), ""]
+    parts += [*_workloads(found.samples), RATIOS.format(name=name).rstrip()]
+    if found.graphs:
+        parts += ["", "## Large graphs", "", *_graphs(found.graphs)]
+    if found.processor_s:
+        parts += ["", "## Processor time", "", *_processor(found)]
+    if found.variants:
+        parts += ["", "## Other functions, inputs and connections", "", *_variants(found.variants)]
+    return "\n".join([*parts, CAVEATS])
+
+
+def _table(*rows: list[str]) -> list[str]:
+    head, *others = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others)]
+
+
+def _ratios(samples: Samples) -> dict[str, float]:
+    medians = {
+        name: {side: statistics.median(values) for side, values in sides.items()} for name, sides in samples.items()
+    }
+    return {name: found["lattice"] / found["ray tasks"] for name, found in medians.items() if "ray tasks" in found}
+
+
+def _workloads(samples: Samples) -> list[str]:
+    ratios, rows = _ratios(samples), []
     for name, sides in samples.items():
-        middle = {side: statistics.median(values) for side, values in sides.items()}
-        shown = [f"{middle[side]:.5g}" if side in middle else "" for side in ("lattice", "ray tasks", "ray actors")]
-        ratio = middle["lattice"] / middle["ray tasks"] if "ray tasks" in middle else None
-        shown_ratio = ""
-        if ratio is not None:
-            ratios[name] = ratio
-            shown_ratio = f"{ratio:.2f}"
+        text, factor, unit = WORKLOADS[name]
+        shown = [f"{statistics.median(sides[side]) * factor:.3g}" if side in sides else "" for side in SIDES]
         goal = f"{'≥' if name == 'W4' else '≤'} {GOALS[name]}" if name in GOALS else ""
-        lines.append(f"| {name} | {MEANING.get(name, 's a task')} | {' | '.join(shown)} | {shown_ratio} | {goal} |")
-    lines += ["", *(f"Server memory a task at {count} tasks: {size:.0f} bytes." for count, size in memory.items())]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    (folder / "ratios.svg").write_text(_plot(ratios))
+        ratio = f"**{ratios[name]:.2f}**" if name in ratios else ""
+        rows.append([name, f"{text}, {unit}", *shown, ratio, goal])
+    return _table(["", "workload", "Lattice", "Ray tasks", "Ray actors", "ratio", "aim"], *rows)
+
+
+def _graphs(graphs: list[tuple[str, int, float, float]]) -> list[str]:
+    rows = [
+        [shape, f"{count:,}", f"{seconds * 1e6:.0f}", f"{size / 1e3:.1f}"] for shape, count, seconds, size in graphs
+    ]
+    return _table(["tasks", "number", "µs a task", "memory of the server a task, KB"], *rows)
+
+
+def _processor(found: Measurements) -> list[str]:
+    parts = ["server", "agent", "runners", "client"]
+    rows = [
+        [name, *(f"{used[part]:.2f}" for part in parts), f"{sum(used.values()):.2f}", f"{found.wall_s[name]:.2f}"]
+        for name, used in found.processor_s.items()
+    ]
+    return ["Seconds for 10,000 tasks:", "", *_table(["", *parts, "in all", "elapsed"], *rows)]
+
+
+def _variants(variants: dict[str, dict[str, float]]) -> list[str]:
+    rows = []
+    for name, found in variants.items():
+        plain = variants["plain, local executor" if name.endswith("local executor") else "plain"]
+        shown = [f"{found[key] * 1e3:.3g} ({found[key] / plain[key]:.2f})" for key in ("W1", "W3")]
+        rows.append([name, *shown])
+    text = "Milliseconds, and the ratio to the plain one. W3 has no first task here."
+    return [text, "", *_table(["", "W1", "W3"], *rows)]
 
 
 def _plot(ratios: dict[str, float]) -> str:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import read, text_of
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -26,3 +28,8 @@ def test_the_page_on_clusters_has_the_figures_of_the_chaos_reports() -> None:
         f"{local['ran_more_than_once']} and {ray['ran_more_than_once']} functions ran to their end twice",
     ):
         assert claim in page, f"no longer said, or no longer so: {claim}"
+
+
+def test_the_page_on_performance_has_what_was_measured() -> None:
+    page = ROOT / "docs" / "performance.md"
+    assert page.read_text() == text_of(read(page), page.stem), "`make bench` writes the page"
