@@ -148,7 +148,7 @@ def _spawned(
     where = f"spawn of {label!r}"
     given = inputs_of(where, task, form, inputs, misplaced)
     predecessors = predecessors_of(where, after)
-    taken = output.header.setdefault("spawned", set())
+    taken = output.header.setdefault("spawned", {})
     encoder = Encoder(output.header)
     is_for_python = form["has_code"] or ":" in form.get("entrypoint", "")
     try:

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -28,19 +27,25 @@ class SpawnError(TypeError):
     __module__ = "lattice_worker.context"
 
 
-def take_id(parent_id: str, label: str, taken: set[str]) -> str:
+def take_id(parent_id: str, label: str, taken: dict[str, int]) -> str:
     """Return the id of a new task, and add it to `taken`: `parent/label`, numbered from 2 on when that is taken.
 
-    An id is the path of names from the task that was first. A path that is too long is cut, and a digest of the whole
-    path follows, so that the same path always has the same id.
+    `taken` has each id with the last number that was given to it. An id is the path of names from the task that was
+    first. A path that is too long is cut, and a digest of the whole path follows, so that the same path always has the
+    same id.
     """
     path = f"{parent_id}/{label}"
     if len(path) > MAX_PATH_CHARACTERS:
         digest = hashlib.sha256(path.encode()).hexdigest()[:DIGEST_CHARACTERS]
         path = f"{path[:PREFIX_CHARACTERS]}~{digest}"
     with _taking:
-        found = next(i for i in chain([path], (f"{path}-{n}" for n in count(2))) if i not in taken)
-        taken.add(found)
+        number, found = taken.get(path, 0), path
+        while found in taken:
+            # Numbers above the last one are taken too where labels end with them.
+            number += 1
+            found = f"{path}-{number}"
+        taken[found] = 1
+        taken[path] = max(number, 1)
     return found
 
 

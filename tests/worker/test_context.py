@@ -1,11 +1,14 @@
 """`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lattice_client import entrypoint, task
 from lattice_worker import context
@@ -14,6 +17,7 @@ from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.values import PayloadError
+from lattice_worker.spawn_arguments import take_id
 
 from lattice.v1 import payload_pb2, task_pb2  # isort: skip
 
@@ -71,13 +75,42 @@ def test_no_two_spawned_tasks_have_one_id(sent: Sent, names: list[str | None], i
     assert [found.task_id for found in sent.tasks] == [f"parent/{name}" for name in ids]
 
 
+LABELS = st.lists(st.builds("".join, st.tuples(st.sampled_from("ab"), st.sampled_from(["", "-2", "-3", "-2-2"]))))
+
+
+@given(labels=LABELS)
+def test_an_id_has_the_first_number_that_is_free(labels: list[str]) -> None:
+    taken: dict[str, int] = {}
+    free: set[str] = set()
+    for label in labels:
+        numbered = (f"p/{label}-{number}" for number in itertools.count(2))
+        wanted = next(found for found in itertools.chain([f"p/{label}"], numbered) if found not in free)
+        free.add(wanted)
+        assert take_id("p", label, taken) == wanted
+    assert taken.keys() == free
+
+
+def test_to_find_an_id_takes_as_long_for_the_last_of_many_tasks_as_for_the_first() -> None:
+    class Counting(dict[str, int]):
+        looks = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.looks += 1
+            return super().__contains__(key)
+
+    taken = Counting()
+    for _ in range(1000):
+        take_id("p", "same", taken)
+    assert taken.looks <= 2000
+
+
 def test_ids_of_spawned_tasks_stay_within_the_limit_when_tasks_spawn_100_deep(sent: Sent) -> None:
     output: Any = running.get()
 
     def descend() -> list[str]:
         ids = ["plan"]
         for _ in range(100):
-            output.header |= {"attempts": [["run", ids[-1], 1]], "spawned": set()}
+            output.header |= {"attempts": [["run", ids[-1], 1]], "spawned": {}}
             ids.append(context.spawn(give, {"v": 1}, name="plan").task_id)
         return ids
 
