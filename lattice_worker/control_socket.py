@@ -44,7 +44,7 @@ class Control:
         self._loop.add_reader(sock, self.read)
 
     def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-        """Send a frame, as soon as the process takes it: together with those that are sent in the same step."""
+        """Send a frame as soon as the process takes it, together with all frames of the same step."""
         if self.is_open:
             self._unsent += packets_of(header, blobs)
             if not self._is_writing:

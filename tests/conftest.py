@@ -22,7 +22,7 @@ from tests.examples import share
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# What is imported and collected is kept: collections of garbage begin with the first test.
+# Modules and tests are kept to the end: collections of garbage begin with the first test.
 gc.disable()
 
 # Tests serve in their own process, which starts workers: see `lattice_server/__init__.py`. Read when gRPC is imported.

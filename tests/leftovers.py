@@ -45,7 +45,7 @@ def unlocked(own: Path) -> set[Path]:
 
 
 def left(own: Path) -> list[str]:
-    """Return what a session leaves, once the folders of killed servers are deleted as the next server does."""
+    """Return the processes and folders that a session leaves. Folders of killed servers are deleted first."""
     processes = [process for process in psutil.process_iter() if _temporary_folder(process) == str(own)]
     found = [f"process {process.pid}: {_command(process)}" for process in psutil.wait_procs(processes, GONE_S)[1]]
     for path in unlocked(own):

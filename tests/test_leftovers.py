@@ -1,4 +1,4 @@
-"""What is found of the folders and processes that tests leave."""
+"""The search for folders and processes that tests leave."""
 
 import fcntl
 import os

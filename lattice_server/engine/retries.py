@@ -1,4 +1,4 @@
-"""Owns what a run that retries another one is started with. Rule: it takes all from the earlier run but its secrets."""
+"""Owns the settings of a run that retries an earlier one. Rule: they are those of the earlier run, except for secrets."""
 
 from collections.abc import Mapping
 

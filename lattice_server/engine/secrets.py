@@ -1,6 +1,6 @@
-"""Owns the secrets of tasks: those of runs, and those that the server has for tenants.
+"""Owns the secrets of tasks: secrets of runs, and secrets that the server has for tenants.
 
-Rule: a definition names a secret; only what is sent to the worker of an attempt has its value.
+Rule: a definition names a secret; only an assignment to a worker has the secret's value.
 """
 
 from collections.abc import Mapping

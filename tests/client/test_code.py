@@ -390,7 +390,7 @@ def test_the_client_and_the_runner_pickle_alike() -> None:
     assert client == runner
 
 
-def test_a_pydantic_model_of_a_function_travels_without_the_variables_of_the_function() -> None:
+def test_a_pydantic_model_is_sent_without_the_variables_of_its_function() -> None:
     lock = threading.Lock()
 
     class Inner(pydantic.BaseModel):

@@ -166,7 +166,7 @@ async def test_ended_steps_keep_no_context() -> None:
 
 
 @in_loop
-async def test_steps_raise_their_error_to_all_who_wait() -> None:
+async def test_every_waiting_caller_gets_the_error_of_a_step() -> None:
     async def fails() -> bool:
         raise ConnectionError("lost")
 

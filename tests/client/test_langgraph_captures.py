@@ -156,7 +156,7 @@ KEEPS += [NODE.caches, NODE.loads]
 
 
 @pytest.mark.parametrize("function", CHANGES, ids=lambda function: getattr(function, "__name__", "object"))
-def test_code_that_changes_what_it_captures_is_refused(function: Any) -> None:
+def test_code_that_changes_captured_variables_is_refused(function: Any) -> None:
     with pytest.raises(TaskDefinitionError, match=r"node 'n' cannot run on Lattice: its code changes .+ \(.+:\d+\)"):
         captures.check(function, "node 'n'")
 

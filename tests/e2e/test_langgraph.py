@@ -347,7 +347,7 @@ def test_an_ended_invocation_is_forgotten(is_async: bool, local: str) -> None:
         assert not [found for found in gc.get_objects() if isinstance(found, PregelLoop)]
 
 
-def test_compile_refuses_a_node_that_changes_what_it_captures(local: str) -> None:
+def test_compile_refuses_a_node_that_changes_captured_variables(local: str) -> None:
     seen: list[str] = []
 
     def sees(state: State) -> dict[str, Any]:

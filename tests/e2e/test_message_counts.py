@@ -1,6 +1,6 @@
 """How many messages a run takes on the streams of gRPC, and how many packets between an agent and its runners.
 
-A message costs its sender and its receiver some 0.1 ms, whatever is in it. On a busy machine tasks seem to take long,
+A message costs its sender and its receiver some 0.1 ms, however small it is. On a busy machine tasks seem to take long,
 and less is sent ahead. So one of several rounds has to be within the bounds.
 """
 

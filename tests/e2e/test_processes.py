@@ -454,7 +454,7 @@ def test_a_task_fails_with_a_kind_and_frees_its_cpu_when_it_ends_abnormally(clie
 
 @task(timeout=20)
 def close_all() -> Iterator[int]:
-    """Yield, so that a thread reads the control socket. Then close all descriptors, as daemons do, and go on."""
+    """Yield, so that a thread reads the control socket. Then close all descriptors, as a daemon does, and sleep."""
     yield from range(3000)
     time.sleep(0.5)  # That thread waits then.
     os.closerange(3, 256)

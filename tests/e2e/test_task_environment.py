@@ -287,7 +287,7 @@ def test_a_retried_run_has_its_secrets_from_the_client_that_retries_it(
         run.result(timeout=WAIT_S)
     (tmp_path / "works").touch()
     with LatticeClient(server.address, tenant="search") as other:
-        # Of its own accord a client sends no variable that somebody else's run names.
+        # Without `secrets` a client sends no variable that another caller's run names.
         with pytest.raises(InvalidArgumentError, match="CANARY again"):
             other.retry_run(str(run))
         with pytest.raises(TaskDefinitionError, match="NO_SUCH"):
@@ -313,7 +313,7 @@ def stay(room: str) -> str:
 
 
 @pytest.mark.timeout(180)
-def test_a_run_that_lost_its_secret_with_the_server_gets_it_by_a_repeated_start_or_fails_typed(
+def test_a_repeated_start_sends_the_secret_that_a_killed_server_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Room
 ) -> None:
     monkeypatch.setenv("CANARY", CANARY)

@@ -108,7 +108,7 @@ def test_a_frame_is_read_as_it_was_sent(seed: int) -> None:
 @pytest.mark.usefixtures("small_packets")
 @examples(1_000)
 @given(sizes=st.lists(st.integers(0, 5)))
-def test_whole_frames_that_follow_each_other_are_joined_as_long_as_a_packet_has_room(sizes: list[int]) -> None:
+def test_whole_frames_are_joined_up_to_the_size_of_a_packet(sizes: list[int]) -> None:
     whole = [packets_of({}, [bytes(size)])[0] for size in sizes]
     packets = list(joined(whole))
     assert len(read(packets)) == len(whole)

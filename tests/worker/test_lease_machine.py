@@ -131,7 +131,7 @@ def test_a_new_session_holds_nothing_and_numbers_reports_from_one() -> None:
     assert leases.reports.add("a", "first") == 1
 
 
-def test_a_new_session_reports_again_all_that_was_not_acknowledged_about_adopted_leases() -> None:
+def test_a_new_session_repeats_unacknowledged_reports_of_adopted_leases() -> None:
     leases, executor, _ = machine("a", "b")
     for lease_id, text in (("a", "a started"), ("a", "a succeeded")):
         leases.report(lease_id, text)

@@ -2,12 +2,12 @@
 
 A request counts from when it is permitted until a window after its first byte came back. The provider counted it at
 some moment in between, so that it cannot have counted more than its limit in any window, however it counts. Its tokens
-are estimated first, and replaced by those that the answer reports.
+are estimated first. The tokens that the answer reports replace the estimate.
 
 A provider that says how much is left tells how much others use. That use is the difference between its count and the
 count here; it is held back until the provider says that it is free again, for a window at most.
 
-Rule: among tenants that wait, the one that used least goes next, and a request is never passed by a smaller one.
+Rule: among tenants that wait, the one that used least goes next, and a smaller request never passes a larger one.
 """
 
 import heapq
@@ -165,7 +165,7 @@ class Budget:
         """Have a request wait; before others of its tenant if it `is_again` made after its provider refused it."""
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
-            # One that comes has no claim to what others used while it made no requests.
+            # A tenant that begins to make requests is not owed what others used before.
             least = min((found.used for found in self._tenants.values()), default=0.0)
             tenant = self._tenants[request.tenant] = Tenant(least)
         (tenant.waiting.appendleft if is_again else tenant.waiting.append)(request)

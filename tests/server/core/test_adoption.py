@@ -172,7 +172,7 @@ def test_unclaimed_and_adopted_leases_hold_the_permit_of_their_key() -> None:
     ) == ["b"]
 
 
-def test_members_of_a_batch_are_adopted_together_unless_one_before_another_has_ended() -> None:
+def test_members_of_a_batch_are_adopted_together_unless_an_earlier_one_has_ended() -> None:
     scene = Scene()
     batch = BatchPolicy(3, 0.0)
     members = ("a", "old", 0), ("b", "old", 1), ("d", "part", 1), ("e", "gap", 0), ("f", "gap", 2)
