@@ -1,4 +1,4 @@
-"""Owns the settings of a run that retries an earlier one. Rule: they are those of the earlier run, except for secrets."""
+"""Owns the settings of a run that retries an earlier one. Rule: they are the same, except for secrets."""
 
 from collections.abc import Mapping
 

@@ -269,9 +269,7 @@ def test_no_more_is_permitted_before_the_reset_than_a_provider_says_is_left(
 @given(
     st.integers(1, 10), st.lists(st.tuples(st.sampled_from(["ask", "answer", "end"]), st.integers(0, 20)), max_size=40)
 )
-def test_counts_of_a_provider_do_not_delay_the_only_user_of_a_key(
-    limit: int, steps: list[tuple[str, int]]
-) -> None:
+def test_counts_of_a_provider_do_not_delay_the_only_user_of_a_key(limit: int, steps: list[tuple[str, int]]) -> None:
     """The provider counts a request at some time from its permit to its first byte: of those in flight, any number."""
     plain, told = (Budget(Limits(requests_per_minute=limit)) for _ in range(2))
     now, number, flying, answered = 0.0, 0, list[str](), list[str]()

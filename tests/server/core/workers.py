@@ -82,7 +82,7 @@ class Worker:
         self._unacknowledged: dict[int, Any] = {}
 
     def held(self) -> list[str]:
-        """Return the leases that a hello names: leases that have not ended, and leases with reports that may be lost."""
+        """Return the leases that a hello names: leases that have not ended, or have unacknowledged reports."""
         return list(dict.fromkeys([*self._leases, *self._reported()]))
 
     def held_leases(self) -> tuple[HeldLease, ...]:
