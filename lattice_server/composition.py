@@ -47,6 +47,7 @@ from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert.journal import ContractCodec
 from lattice_server.rpc.convert.services import function_of_worker
 from lattice_server.rpc.durable_answers import DurableAnswers
+from lattice_server.rpc.handlers import ignore
 from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
@@ -233,32 +234,37 @@ def rpc_server(
     parser = SpecParser(engine.code, config.inline_limit_bytes, config.batch_rules)
     cache = RequestCache(slices=slices, kept_s=config.repeat_ttl_s)
     assigned = AssignedArtifacts()
-    machines = Machines(config, executor, engine.bus, orchestrator.queries)
+    on_error = ignore if metrics is None else metrics.calls.note_error
     workers = WorkerServicer(
         config,
         engine.bus,
         engine.sessions,
         parser,
         engine.transfers,
-        machines,
+        Machines(config, executor, engine.bus, orchestrator.queries),
         assigned,
         engine.epoch,
         engine.admission.check_possible,
         None if tracing is None else tracing.runs,
     )
     if metrics is not None:
-        workers.observe_runners(metrics.workers.note_runners)
-    limit_bytes = config.question_limit_bytes
-    answers = None
-    if engine.journal is not None and orchestrator.restorer is not None:
-        answers = DurableAnswers(engine.journal, orchestrator.restorer)
-    recall = None if answers is None else answers.recall
+        workers.observe(metrics.workers.note_runners, on_error)
+    answers = _durable_answers(engine)
     tasks = TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
         WorkflowServicer(
-            orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes, tasks.run, recall
+            orchestrator,
+            engine.workflows,
+            engine.drafts,
+            parser,
+            cache,
+            slices,
+            config.question_limit_bytes,
+            tasks.run,
+            None if answers is None else answers.recall,
+            on_error,
         ),
         tasks,
         ResultsServicer(orchestrator, slices),
@@ -271,9 +277,15 @@ def rpc_server(
         slices,
         answers,
         [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],
-        None if metrics is None else metrics.calls.note_error,
+        on_error,
     )
     return server, workers
+
+
+def _durable_answers(engine: Engine) -> DurableAnswers | None:
+    if engine.journal is None or engine.orchestrator.restorer is None:
+        return None
+    return DurableAnswers(engine.journal, engine.orchestrator.restorer)
 
 
 def _journal(
