@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.trace import TracerProvider
 
-from lattice_client import AsyncLatticeClient, LatticeClient, context, task
+from lattice_client import AsyncLatticeClient, LatticeClient, TaskFailedError, context, secret, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.commands import START
 from tests.server.apps import NoWorkers, serving
@@ -258,6 +259,34 @@ async def test_sandbox_cannot_write_into_other_traces(monkeypatch: pytest.Monkey
     # One frame is taken; the second and the third, and the proper one after them, are not.
     (forged,) = [span for span in spans if span.name in {"forged", "proper"}]
     assert (forged.name, forged.trace_id, forged.parent_span_id) == ("forged", run.trace_id, attempt.span_id)
+
+
+@task(env={"KEY": secret("CANARY")})
+def tell(x: int) -> int:
+    """Write a secret into spans, also where they are cut."""
+    key = os.environ["KEY"]
+    tracer = context.tracer()
+    with tracer.start_as_current_span(f"{'x' * 240} {key}") as span:
+        span.set_attribute(key, f"{'x' * 4080} {key}")
+        span.add_event(key, {"quoted": repr(key)})
+    with tracer.start_as_current_span("failing"):
+        raise ValueError(key)
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_secret_of_a_task_is_in_no_span_and_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "canary-4711-of-the-spans"
+    monkeypatch.setenv("CANARY", canary)
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with measured(traces="otlp", metrics="otlp") as (_, client):
+            with pytest.raises(TaskFailedError):
+                await client.run_task(tell, {"x": 1})
+        exported = f"{receiver.resource_spans}{receiver.resource_metrics}"
+    assert {"failing", "attempt tell"} <= {span.name for span in receiver.spans()}
+    assert canary[:8] not in exported
+    assert exported.count("***") >= 6
 
 
 @pytest.mark.slow
