@@ -4,8 +4,8 @@ import asyncio
 import logging
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,19 +180,34 @@ def authentication_of(config: ServerConfig) -> Authentication | None:
     return made
 
 
+@contextmanager
+def _exporting(what: str) -> Iterator[None]:
+    """Raise TelemetryError when OpenTelemetry is missing, or refuses the variables by which it is configured."""
+    try:
+        yield
+    except TelemetryError:
+        raise
+    except ImportError as error:
+        text = f'{what} need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
+        raise TelemetryError(text) from None
+    except Exception as error:
+        log.debug("OpenTelemetry failed", exc_info=True)
+        raise TelemetryError(f"{what} cannot be exported; check the variables OTEL_*: {error}") from None
+
+
 def tracing_of(config: ServerConfig, engine: Engine) -> "Tracing | None":
     """Return the traces that a configuration asks for, which observe an engine. Raises TelemetryError."""
     if config.traces == "none" and "opentelemetry.sdk.trace" not in sys.modules:
         return None
     try:
-        from lattice_server.telemetry.tracing import Tracing
+        with _exporting("traces"):
+            from lattice_server.telemetry.tracing import Tracing
 
-        tracing = Tracing(config.traces, __version__, engine.epoch)
-    except ImportError as error:
+            tracing = Tracing(config.traces, __version__, engine.epoch)
+    except TelemetryError:
         if config.traces == "none":  # The application around the server traces other things.
             return None
-        text = f'traces need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
-        raise TelemetryError(text) from None
+        raise
     if tracing.runs is not None:
         engine.orchestrator.observers.append(tracing.runs)
     return tracing
@@ -202,16 +217,13 @@ def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
     """Return the metrics that a configuration asks for, which observe an engine. Raises TelemetryError."""
     if config.metrics == "none":
         return None
-    try:
+    with _exporting("metrics"):
         from lattice_server.telemetry.metrics import Metrics
         from lattice_server.telemetry.state import State
 
         journal = None if engine.journal is None else engine.journal.journal
         state = State(engine.orchestrator, engine.sessions, engine.services, journal, engine.usages)
         metrics = Metrics(config, state, __version__, engine.epoch)
-    except ImportError as error:
-        text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
-        raise TelemetryError(text) from None
     engine.orchestrator.observers.append(metrics.runs)
     engine.services.observers.append(metrics.services)
     engine.scheduler.on_pass = metrics.scheduler.note_pass

@@ -86,6 +86,6 @@ def address_of(given: str, environment: Mapping[str, str]) -> tuple[str, int]:
     host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST") or "127.0.0.1"
     address = given or f"{host}:{environment.get('OTEL_EXPORTER_PROMETHEUS_PORT') or 0}"
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise TelemetryError(f"metrics_address must be host:port, not {address!r}")
     return host.strip("[]"), int(port)

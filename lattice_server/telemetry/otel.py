@@ -37,12 +37,15 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from lattice_server.engine.spans import ReportedSpan, Scalar
+from lattice_server.telemetry import TelemetryError
 from lattice_server.telemetry.catalogue import Kind
 from lattice_server.telemetry.meters import Distribution, Reading
 
 log = logging.getLogger(__name__)
 
 INTERVAL_MS = 60_000.0
+# For the last export. A collector that does not answer must not keep the server from stopping.
+LAST_EXPORT_S = 5.0
 CUMULATIVE = AggregationTemporality.CUMULATIVE
 
 
@@ -82,7 +85,7 @@ class MetricExport:
     ) -> None:
         self._exporter, self._resource, self._read = exporter, resource, read
         self._started_ns = time.time_ns()
-        self._interval_s = float(os.environ.get(OTEL_METRIC_EXPORT_INTERVAL) or INTERVAL_MS) / 1000
+        self._interval_s = _interval_ms(os.environ.get(OTEL_METRIC_EXPORT_INTERVAL) or str(INTERVAL_MS)) / 1000
 
     async def run(self) -> None:
         """Export; for ever."""
@@ -102,8 +105,32 @@ class MetricExport:
 
     async def stop(self) -> None:
         """Export the metrics once more, and close the exporter."""
-        await self.export()
-        await asyncio.to_thread(self._exporter.shutdown)
+        if await _within_limit(asyncio.create_task(self.export()), self._exporter):
+            await asyncio.to_thread(self._exporter.shutdown)
+
+
+def _interval_ms(text: str) -> float:
+    """Return the interval of exports. Raises TelemetryError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise TelemetryError(f"{OTEL_METRIC_EXPORT_INTERVAL} must be a number of milliseconds above 0, not {text!r}")
+    return found
+
+
+async def _within_limit(last: "asyncio.Task[None]", exporter: MetricExporter | SpanExporter) -> bool:
+    """Wait for the last export; return whether it ended within `LAST_EXPORT_S`.
+
+    Otherwise the exporter is closed, which ends the call and its repetitions.
+    """
+    await asyncio.wait([last], timeout=LAST_EXPORT_S)
+    if is_over := not last.done():
+        log.warning("the collector has not answered for %.0f s: the last export is given up", LAST_EXPORT_S)
+        await asyncio.to_thread(exporter.shutdown)
+    await last
+    return not is_over
 
 
 def metrics_data(readings: Iterable[Reading], resource: Resource, started_ns: int, now_ns: int) -> MetricsData:
@@ -167,7 +194,7 @@ class Spans:
 
     def __init__(self, exporter: SpanExporter, resource: Resource) -> None:
         self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(exporter)
+        self._exporter, self._processor = exporter, BatchSpanProcessor(exporter)
         self.provider.add_span_processor(self._processor)
         self._tracer = self.provider.get_tracer("lattice_server")
         self._resource = resource
@@ -250,7 +277,8 @@ class Spans:
 
     async def stop(self) -> None:
         """Export the remaining spans, and close the exporter."""
-        await asyncio.to_thread(self.provider.shutdown)
+        closing = asyncio.create_task(asyncio.to_thread(self.provider.shutdown))
+        await _within_limit(closing, self._exporter)
 
 
 class _Parents(grpc.aio.ServerInterceptor):
