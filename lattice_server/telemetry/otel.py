@@ -69,8 +69,23 @@ EXPORTERS = {
 }
 
 
+def _without_values(record: logging.LogRecord) -> bool:
+    record.args = ("***",) * len(record.args or ())
+    return True
+
+
+# It logs a malformed list of headers as a whole, with the credentials in it.
+logging.getLogger("opentelemetry.util.re").addFilter(_without_values)
+
+
 def exporter(signal: str, kind: str) -> Any:
-    """Return the exporter of a kind for `metrics` or for `traces`. Raises ImportError when its package is missing."""
+    """Return the exporter of a kind for `metrics` or for `traces`.
+
+    Raises ImportError when its package is missing, TelemetryError for an endpoint with a password, which gRPC logs.
+    """
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT"):
+        if kind == "otlp" and "@" in os.environ.get(name, ""):
+            raise TelemetryError(f"{name} cannot have a password for gRPC: set OTEL_EXPORTER_OTLP_HEADERS")
     return pkgutil.resolve_name(EXPORTERS[signal, kind])()
 
 

@@ -66,6 +66,8 @@ async def test_server_works_and_stops_when_its_collector_refuses(
         *(("OTEL_METRIC_EXPORT_INTERVAL", value, "above 0, not") for value in ("a minute", "0", "-1", "nan", "inf")),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli", 'check the variables OTEL_.*"brotli"'),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon", "check the variables OTEL_.*soon"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:canary@127.0.0.1:1", "^OTEL_EXPORTER_OTLP_ENDPOINT cannot have a"),
+        ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "https://me:canary@collector", "cannot have a password for gRPC: set"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "check the variables OTEL_.*max_queue_size"),
     ],
 )
@@ -74,8 +76,24 @@ async def test_server_is_refused_when_a_variable_of_opentelemetry_is_malformed(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(TelemetryError, match=text):
+    with pytest.raises(TelemetryError, match=text) as caught:
         build(NoWorkers(), metrics="otlp", traces="otlp")
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["otlp", "otlp-http"])
+@on_a_loop
+async def test_malformed_headers_are_logged_without_their_values(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization Bearer canary")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(otel, "LAST_EXPORT_S", 0.1)
+    async with serving(NoWorkers(), metrics=kind, traces=kind):
+        pass
+    assert "Header format invalid" in caplog.text
+    assert "canary" not in caplog.text
 
 
 PROPAGATORS = """
