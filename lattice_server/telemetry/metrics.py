@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lattice_server.config import ServerConfig
 from lattice_server.telemetry import TelemetryError
+from lattice_server.telemetry.exporters import exporter
 from lattice_server.telemetry.journal_meter import JournalMeter
 from lattice_server.telemetry.meters import Reading
 from lattice_server.telemetry.prometheus import PrometheusServer, serve
@@ -44,7 +45,7 @@ class Metrics:
             from lattice_server.telemetry import otel
 
             resource = otel.resource_of(version, epoch)
-            self._export = otel.MetricExport(otel.exporter("metrics", config.metrics), resource, self.read)
+            self._export = otel.MetricExport(exporter("metrics", config.metrics), resource, self.read)
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

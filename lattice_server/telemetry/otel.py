@@ -5,8 +5,6 @@ Rule: this module is the server's only importer of OpenTelemetry, and is importe
 
 import asyncio
 import logging
-import os
-import pkgutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ from typing import Any
 import grpc
 from opentelemetry import context, propagate, trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
-from opentelemetry.sdk.environment_variables import OTEL_METRIC_EXPORT_INTERVAL
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -37,15 +34,12 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from lattice_server.engine.spans import ReportedSpan, Scalar
-from lattice_server.telemetry import TelemetryError
 from lattice_server.telemetry.catalogue import Kind
+from lattice_server.telemetry.exporters import interval_ms, within_limit
 from lattice_server.telemetry.meters import Distribution, Reading
 
 log = logging.getLogger(__name__)
 
-INTERVAL_MS = 60_000.0
-# For the last export. A collector that does not answer must not keep the server from stopping.
-LAST_EXPORT_S = 5.0
 CUMULATIVE = AggregationTemporality.CUMULATIVE
 
 
@@ -56,37 +50,6 @@ def resource_of(version: str, instance_id: str) -> Resource:
     if str(given.get("service.name", "")).startswith("unknown_service"):
         given = {name: value for name, value in given.items() if name != "service.name"}
     return Resource({**named, **given})
-
-
-# The exporters by the kind of `--metrics` and of `--traces`; `OTEL_EXPORTER_OTLP_*` say where they send.
-EXPORTERS = {
-    ("metrics", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.metric_exporter:OTLPMetricExporter",
-    ("metrics", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.metric_exporter:OTLPMetricExporter",
-    ("metrics", "console"): "opentelemetry.sdk.metrics.export:ConsoleMetricExporter",
-    ("traces", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.trace_exporter:OTLPSpanExporter",
-    ("traces", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.trace_exporter:OTLPSpanExporter",
-    ("traces", "console"): "opentelemetry.sdk.trace.export:ConsoleSpanExporter",
-}
-
-
-def _without_values(record: logging.LogRecord) -> bool:
-    record.args = ("***",) * len(record.args or ())
-    return True
-
-
-# It logs a malformed list of headers as a whole, with the credentials in it.
-logging.getLogger("opentelemetry.util.re").addFilter(_without_values)
-
-
-def exporter(signal: str, kind: str) -> Any:
-    """Return the exporter of a kind for `metrics` or for `traces`.
-
-    Raises ImportError when its package is missing, TelemetryError for an endpoint with a password, which gRPC logs.
-    """
-    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT"):
-        if kind == "otlp" and "@" in os.environ.get(name, ""):
-            raise TelemetryError(f"{name} cannot have a password for gRPC: set OTEL_EXPORTER_OTLP_HEADERS")
-    return pkgutil.resolve_name(EXPORTERS[signal, kind])()
 
 
 class MetricExport:
@@ -100,7 +63,7 @@ class MetricExport:
     ) -> None:
         self._exporter, self._resource, self._read = exporter, resource, read
         self._started_ns = time.time_ns()
-        self._interval_s = _interval_ms(os.environ.get(OTEL_METRIC_EXPORT_INTERVAL) or str(INTERVAL_MS)) / 1000
+        self._interval_s = interval_ms() / 1000
 
     async def run(self) -> None:
         """Export; for ever."""
@@ -120,32 +83,8 @@ class MetricExport:
 
     async def stop(self) -> None:
         """Export the metrics once more, and close the exporter."""
-        if await _within_limit(asyncio.create_task(self.export()), self._exporter):
+        if await within_limit(asyncio.create_task(self.export()), self._exporter):
             await asyncio.to_thread(self._exporter.shutdown)
-
-
-def _interval_ms(text: str) -> float:
-    """Return the interval of exports. Raises TelemetryError."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise TelemetryError(f"{OTEL_METRIC_EXPORT_INTERVAL} must be a number of milliseconds above 0, not {text!r}")
-    return found
-
-
-async def _within_limit(last: "asyncio.Task[None]", exporter: MetricExporter | SpanExporter) -> bool:
-    """Wait for the last export; return whether it ended within `LAST_EXPORT_S`.
-
-    Otherwise the exporter is closed, which ends the call and its repetitions.
-    """
-    await asyncio.wait([last], timeout=LAST_EXPORT_S)
-    if is_over := not last.done():
-        log.warning("the collector has not answered for %.0f s: the last export is given up", LAST_EXPORT_S)
-        await asyncio.to_thread(exporter.shutdown)
-    await last
-    return not is_over
 
 
 def metrics_data(readings: Iterable[Reading], resource: Resource, started_ns: int, now_ns: int) -> MetricsData:
@@ -293,7 +232,7 @@ class Spans:
     async def stop(self) -> None:
         """Export the remaining spans, and close the exporter."""
         closing = asyncio.create_task(asyncio.to_thread(self.provider.shutdown))
-        await _within_limit(closing, self._exporter)
+        await within_limit(closing, self._exporter)
 
 
 class _Parents(grpc.aio.ServerInterceptor):
