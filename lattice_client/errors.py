@@ -31,10 +31,11 @@ Rule: no gRPC exception leaves this package; `transport.statuses` converts it to
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
-from lattice.v1.payload_pb2 import Payload
+if TYPE_CHECKING:
+    import grpc
+    from lattice.v1.payload_pb2 import Payload
 
 
 class LatticeError(Exception):

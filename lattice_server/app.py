@@ -132,10 +132,7 @@ class App:
         async with AsyncExitStack() as ending:
             ending.callback(self._engine.close)
             ending.push_async_callback(asyncio.to_thread, self._engine.scheduler.stop)
-            if self._tracing is not None:
-                ending.push_async_callback(self._tracing.stop)
-            if self._metrics is not None:
-                ending.push_async_callback(self._metrics.stop)
+            ending.push_async_callback(self._stop_telemetry)
             ending.callback(self._garbage.stop)
             for task in self._background:
                 ending.callback(task.cancel)
@@ -147,6 +144,10 @@ class App:
                 ending.callback(self._engine.journal.freeze)
             self._engine.orchestrator.is_stopping = True
             await self._rpc.set_serving(False)
+
+    async def _stop_telemetry(self) -> None:
+        # Together: each may wait for a collector that does not answer.
+        await asyncio.gather(*(part.stop() for part in (self._metrics, self._tracing) if part is not None))
 
     def _issue(self, node_id: str, subject: str) -> str:
         """Return a new token for the worker of a node."""

@@ -192,7 +192,11 @@ def _journal(named: str) -> str:
 
 def _serve(config: ServerConfig) -> None:
     """Run the server until a signal ends it, with a note for `lattice stop`. Raises click.ClickException."""
-    # Imported here: the imports take most of a second, and `lattice start` executes a new process before it serves.
+    # Read when grpc is imported, which serving does. Fork handlers: see the package.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # By default gRPC writes a line for each failed TLS handshake: any program that finds the port could fill the disk.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Imported here: the imports take most of a second, and are not needed to refuse a wrong flag.
     from lattice_server.app import SchedulerError, serve
     from lattice_server.engine.journal_port import JournalError
     from lattice_server.engine.ports import ExecutorError

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert.journal import ContractCodec
 from lattice_server.rpc.convert.services import function_of_worker
 from lattice_server.rpc.durable_answers import DurableAnswers
+from lattice_server.rpc.handlers import ignore
 from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
@@ -179,19 +180,34 @@ def authentication_of(config: ServerConfig) -> Authentication | None:
     return made
 
 
+@contextmanager
+def _exporting(what: str) -> Iterator[None]:
+    """Raise TelemetryError when OpenTelemetry is missing, or refuses the variables by which it is configured."""
+    try:
+        yield
+    except TelemetryError:
+        raise
+    except ImportError as error:
+        text = f'{what} need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
+        raise TelemetryError(text) from None
+    except Exception as error:
+        log.debug("OpenTelemetry failed", exc_info=True)
+        raise TelemetryError(f"{what} cannot be exported; check the variables OTEL_*: {error}") from None
+
+
 def tracing_of(config: ServerConfig, engine: Engine) -> "Tracing | None":
     """Return the traces that a configuration asks for, which observe an engine. Raises TelemetryError."""
     if config.traces == "none" and "opentelemetry.sdk.trace" not in sys.modules:
         return None
     try:
-        from lattice_server.telemetry.tracing import Tracing
+        with _exporting("traces"):
+            from lattice_server.telemetry.tracing import Tracing
 
-        tracing = Tracing(config.traces, __version__, engine.epoch)
-    except ImportError as error:
+            tracing = Tracing(config.traces, __version__, engine.epoch)
+    except TelemetryError:
         if config.traces == "none":  # The application around the server traces other things.
             return None
-        text = f'traces need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
-        raise TelemetryError(text) from None
+        raise
     if tracing.runs is not None:
         engine.orchestrator.observers.append(tracing.runs)
     return tracing
@@ -201,16 +217,13 @@ def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
     """Return the metrics that a configuration asks for, which observe an engine. Raises TelemetryError."""
     if config.metrics == "none":
         return None
-    try:
+    with _exporting("metrics"):
         from lattice_server.telemetry.metrics import Metrics
         from lattice_server.telemetry.state import State
 
         journal = None if engine.journal is None else engine.journal.journal
         state = State(engine.orchestrator, engine.sessions, engine.services, journal, engine.usages)
         metrics = Metrics(config, state, __version__, engine.epoch)
-    except ImportError as error:
-        text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
-        raise TelemetryError(text) from None
     engine.orchestrator.observers.append(metrics.runs)
     engine.services.observers.append(metrics.services)
     engine.scheduler.on_pass = metrics.scheduler.note_pass
@@ -233,32 +246,37 @@ def rpc_server(
     parser = SpecParser(engine.code, config.inline_limit_bytes, config.batch_rules)
     cache = RequestCache(slices=slices, kept_s=config.repeat_ttl_s)
     assigned = AssignedArtifacts()
-    machines = Machines(config, executor, engine.bus, orchestrator.queries)
+    on_error = ignore if metrics is None else metrics.calls.note_error
     workers = WorkerServicer(
         config,
         engine.bus,
         engine.sessions,
         parser,
         engine.transfers,
-        machines,
+        Machines(config, executor, engine.bus, orchestrator.queries),
         assigned,
         engine.epoch,
         engine.admission.check_possible,
         None if tracing is None else tracing.runs,
     )
     if metrics is not None:
-        workers.observe_runners(metrics.workers.note_runners)
-    limit_bytes = config.question_limit_bytes
-    answers = None
-    if engine.journal is not None and orchestrator.restorer is not None:
-        answers = DurableAnswers(engine.journal, orchestrator.restorer)
-    recall = None if answers is None else answers.recall
+        workers.observe(metrics.workers.note_runners, on_error)
+    answers = _durable_answers(engine)
     tasks = TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
         WorkflowServicer(
-            orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes, tasks.run, recall
+            orchestrator,
+            engine.workflows,
+            engine.drafts,
+            parser,
+            cache,
+            slices,
+            config.question_limit_bytes,
+            tasks.run,
+            None if answers is None else answers.recall,
+            on_error,
         ),
         tasks,
         ResultsServicer(orchestrator, slices),
@@ -271,9 +289,15 @@ def rpc_server(
         slices,
         answers,
         [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],
-        None if metrics is None else metrics.calls.note_error,
+        on_error,
     )
     return server, workers
+
+
+def _durable_answers(engine: Engine) -> DurableAnswers | None:
+    if engine.journal is None or engine.orchestrator.restorer is None:
+        return None
+    return DurableAnswers(engine.journal, engine.orchestrator.restorer)
 
 
 def _journal(

@@ -64,7 +64,10 @@ class Masker:
         """Return a value of JSON in which no text has a secret."""
         match value:
             case str():
-                return self.text(value)
+                masked = self.text(value)
+                # The text may have been cut in the middle of a secret.
+                begun = self._open_end(masked)
+                return masked if begun < MIN_SECRET else masked[:-begun] + MASK
             case list() | tuple():
                 return [self.value(item) for item in value]
             case dict():

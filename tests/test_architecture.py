@@ -127,6 +127,12 @@ def test_each_library_is_imported_by_one_module_of_a_package() -> None:
 
 def test_the_client_exports_the_names_it_imports_in_order() -> None:
     tree = ast.parse(Path(lattice_client.__file__).read_text())
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert lattice_client.__all__ == sorted(alias.name for node in imports for alias in node.names)
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    places = {alias.name: str(node.module) for node in imports for alias in node.names}
+    # Type checkers read the imports, and the interpreter the table.
+    assert {name: f"lattice_client.{module}" for name, module in vars(lattice_client)["_MODULES"].items()} == places
+    assert lattice_client.__all__ == sorted(["context", *places])
     assert all(hasattr(lattice_client, name) for name in lattice_client.__all__)
+    assert {*lattice_client.__all__} <= {*dir(lattice_client)}
+    assert not hasattr(lattice_client, "nothing")

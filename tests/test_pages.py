@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from click import Command, Context, Group, Option
@@ -49,7 +50,8 @@ def _commands(command: Command) -> Iterator[Command]:
 # Commands of other packages are entry points.
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lattice.commands"]
 LOADED = {name: EntryPoint(name, value, "lattice.commands").load() for name, value in ENTRY_POINTS.items()}
-TOP = {**main.commands, **LOADED}
+OWN = {name: resolve_name(place) for name, (place, _) in main.lazy.items()}
+TOP = {**OWN, **LOADED}
 COMMANDS = [main, *(command for top in TOP.values() for command in _commands(top))]
 OPTIONS = [option for command in COMMANDS for option in command.params if isinstance(option, Option)]
 FLAGS = {name for option in OPTIONS for name in option.opts if name.startswith("--")} | {"--help"}

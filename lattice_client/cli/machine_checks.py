@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from lattice_client.cli.findings import ERROR, OK, SKIPPED, WARNING, Finding
-from lattice_client.cli.options import DISTRIBUTION
+from lattice_client.cli.groups import DISTRIBUTION
 
 LIMIT_S = 120.0
 WORKER_MODULE = "lattice_worker.doctor"

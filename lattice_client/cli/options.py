@@ -3,17 +3,12 @@
 Rule: tables for people, one JSON document a line for programs (`--json`), one line on stderr for an error.
 """
 
-import errno
 import functools
 import json
-import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -23,16 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lattice_client.cli.terminal import harmless, one_line, say
-from lattice_client.errors import LatticeError, UnavailableError
+from lattice_client.cli.terminal import one_line, say
+from lattice_client.errors import UnavailableError
 from lattice_client.sync import LatticeClient
 from lattice_client.transport.channel import DEFAULT_TARGET
 from lattice_client.transport.security import SecurityOptions
 
-log = logging.getLogger(__name__)
-
-DISTRIBUTION = "lattice-control-plane"
-ENTRY_POINTS = "lattice.commands"
 # Values nested deeper than this are shown by their `repr`.
 MAX_DEPTH = 50
 # Python converts no longer integers to text by default.
@@ -40,72 +31,6 @@ MAX_BITS = 14_000
 
 console = Console()
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
-
-
-class Commands(click.Group):
-    """The commands of this package, and those of the entry points; an entry point is imported when its command runs."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; print an error of this package as one message."""
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper):
-                # A character that the terminal's encoding lacks must not end a command.
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return super().invoke(ctx)
-        except LatticeError as error:
-            raise click.ClickException(harmless(str(error))) from None
-        except click.UsageError:  # its text is the user's own input
-            raise
-        except click.ClickException as error:
-            raise click.ClickException(harmless(error.message)) from None
-        except (click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            # A reader that closed its pipe is no error: click ends such a command in silence.
-            if log.isEnabledFor(logging.DEBUG) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
-                raise
-            raise click.ClickException(_unexpected(error)) from None
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all commands."""
-        return sorted({*super().list_commands(ctx), *entry_points(group=ENTRY_POINTS).names})
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command by its name."""
-        found = super().get_command(ctx, cmd_name)
-        for entry in entry_points(group=ENTRY_POINTS, name=cmd_name) if found is None else ():
-            try:
-                loaded: click.Command = entry.load()
-            except Exception as error:
-                return _broken(entry, error)
-            return loaded
-        return found
-
-
-def _unexpected(error: Exception) -> str:
-    """Return the message of an error that no command expects."""
-    if isinstance(error, OSError):
-        return harmless(str(error))
-    what = harmless(f"{type(error).__name__}: {error}")
-    return f"a bug of Lattice, {what}; `lattice --log-level debug` with the same command shows where"
-
-
-def _broken(entry: EntryPoint, error: Exception) -> click.Command:
-    """Return a command in place of one that cannot be imported; the other commands work without it."""
-    reason, summary = f"cannot be loaded: {type(error).__name__}: {error}", "Cannot be loaded."
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lattice"):
-        extra = entry.module.partition(".")[0].removeprefix("lattice_")
-        reason, summary = (
-            f'needs more packages: pip install "{DISTRIBUTION}[{extra}]"',
-            f"Needs {DISTRIBUTION}[{extra}].",
-        )
-
-    def fail() -> None:
-        raise click.ClickException(f"`lattice {entry.name}` {reason}")
-
-    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return click.Command(entry.name, callback=fail, help=summary, context_settings=anything, add_help_option=False)
 
 
 @dataclass(frozen=True, slots=True)

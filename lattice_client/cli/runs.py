@@ -7,6 +7,7 @@ import signal as signals
 import click
 from lattice.v1 import run_pb2, task_pb2
 
+from lattice_client.cli.groups import LazyGroup
 from lattice_client.cli.options import Server, address, as_dict, as_json, connected, console, print_json, show
 from lattice_client.cli.progress import span
 from lattice_client.cli.terminal import one_line, say
@@ -17,7 +18,27 @@ MAX_RUNS = 1000
 RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
 
 
-@click.group()
+SHOWING = {
+    "logs": (
+        "lattice_client.cli.inspection:read_logs",
+        "Show what the tasks of a run printed, or what some of its tasks printed; all attempts.",
+    ),
+    "show": (
+        "lattice_client.cli.inspection:show_run",
+        "Show a run: the graph of its tasks, their states and times, failures, and why tasks wait.",
+    ),
+    "stream": (
+        "lattice_client.cli.streaming:stream",
+        "Show what a task, or all tasks of a run, stream, to the end.",
+    ),
+    "timeline": (
+        "lattice_client.cli.inspection:show_timeline",
+        "Show when the attempts of a run were queued and ran, the critical path, and which nodes are slow.",
+    ),
+}
+
+
+@click.group(cls=LazyGroup, lazy=SHOWING)
 def runs() -> None:
     """List, show, watch, signal, cancel, delete and retry runs; read their output and times."""
 

@@ -13,7 +13,8 @@ from importlib import metadata
 from lattice.v1 import cluster_pb2
 
 from lattice_client.cli.findings import ERROR, OK, SKIPPED, WARNING, Finding
-from lattice_client.cli.options import DISTRIBUTION, Server
+from lattice_client.cli.groups import DISTRIBUTION
+from lattice_client.cli.options import Server
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.errors import LatticeError, SecurityError, TargetError
 from lattice_client.transport.channel import dial

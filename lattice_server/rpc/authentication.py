@@ -20,7 +20,7 @@ from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.rpc import authorization, callers
 from lattice_server.rpc.authorization import HEALTH
 from lattice_server.rpc.callers import Caller, no_longer_valid
-from lattice_server.rpc.handlers import PEER_END_S, Context
+from lattice_server.rpc.handlers import PEER_END_S, Context, OnError, ignore
 from lattice_server.rpc.rate_limited_log import RateLimitedLog
 from lattice_server.tokens import Credential, digest_of
 
@@ -120,8 +120,9 @@ class TrustInterceptor(grpc.aio.ServerInterceptor):
 class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
     """Checks calls by their headers, before a large message of an unauthenticated caller can use memory."""
 
-    def __init__(self, authentication: Authentication) -> None:
+    def __init__(self, authentication: Authentication, on_error: OnError = ignore) -> None:
         self._authentication = authentication
+        self._on_error = on_error
         self._refusals = RateLimitedLog(log)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -152,6 +153,7 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
             if method != CONNECT:
                 raise error
             # As a message, like all errors of that stream.
+            self._on_error(error.reason)
             close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
             yield worker_pb2.ConnectResponse(close=close).SerializeToString()
             await asyncio.sleep(PEER_END_S)

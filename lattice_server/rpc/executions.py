@@ -19,6 +19,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.tethers import Tethers
 from lattice_server.rpc.convert.runs import result_to_proto
+from lattice_server.rpc.handlers import OnError
 from lattice_server.rpc.statuses import internal_error, refusal_of
 
 log = logging.getLogger(__name__)
@@ -34,15 +35,21 @@ Response = workflow_pb2.ExecuteWorkflowsResponse
 class ExecutionStreams:
     """The streams. `start` starts the run of a request; `run_task` runs one task, and returns when it has ended.
 
-    `recall` is called before with each request for a run.
+    `recall` is called before with each request for a run; `on_error` is called with the reason of each refusal.
     """
 
     def __init__(
-        self, orchestrator: Orchestrator, slices: Slices, start: Start, run_task: RunTask, recall: Recall | None
+        self,
+        orchestrator: Orchestrator,
+        slices: Slices,
+        start: Start,
+        run_task: RunTask,
+        recall: Recall | None,
+        on_error: OnError,
     ) -> None:
         self._orchestrator = orchestrator
         self._slices = slices
-        self._handlers = start, run_task, recall, orchestrator.tethers
+        self._handlers = start, run_task, recall, orchestrator.tethers, on_error
         self._streams: set[_Stream] = set()
         self._is_stopping = False
 
@@ -77,12 +84,20 @@ class _Stream:
     """One stream: takes requests, and has the responses that are due."""
 
     def __init__(
-        self, start: Start, run_task: RunTask, recall: Recall | None, tethers: Tethers, *, is_read: bool
+        self,
+        start: Start,
+        run_task: RunTask,
+        recall: Recall | None,
+        tethers: Tethers,
+        on_error: OnError,
+        *,
+        is_read: bool,
     ) -> None:
         self._start = start
         self._run_task = run_task
         self._recall = recall
         self._tethers = tethers
+        self._on_error = on_error
         # Responses, and ended runs, whose responses are made when they are sent.
         self._due: deque[Response | tuple[int, RunEntry]] = deque()
         self._open: dict[int, Callable[[], object]] = {}  # How each run on the stream is left.
@@ -145,7 +160,7 @@ class _Stream:
                 case _:
                     raise invalid_field("start", "name a workflow to run, or a task")
         except Exception as error:
-            self._put(_refusal(number, error))
+            self._put(self._refusal(number, error))
 
     def _end(self, number: int, entry: RunEntry) -> None:
         self._open.pop(number)()
@@ -155,7 +170,7 @@ class _Stream:
         try:
             response = Response(number=number, task=await self._run_task(request))
         except Exception as error:
-            response = _refusal(number, error)
+            response = self._refusal(number, error)
         del self._open[number]
         self._put(response)
 
@@ -163,9 +178,9 @@ class _Stream:
         self._due.append(due)
         self._news.set()
 
-
-def _refusal(number: int, error: Exception) -> Response:
-    if not isinstance(error, LatticeError):
-        bug, error = error, internal_error()
-        log.error("a run of a stream failed to start", exc_info=bug, extra=error.metadata)
-    return Response(number=number, refused=refusal_of(error))
+    def _refusal(self, number: int, error: Exception) -> Response:
+        if not isinstance(error, LatticeError):
+            bug, error = error, internal_error()
+            log.error("a run of a stream failed to start", exc_info=bug, extra=error.metadata)
+        self._on_error(error.reason)
+        return Response(number=number, refused=refusal_of(error))

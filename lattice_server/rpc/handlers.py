@@ -1,5 +1,7 @@
-"""Owns what all handlers share: the type of their context, and how long a stream waits for its peer to end it."""
+"""Owns what all handlers share: the type of their context, how long a stream waits for its peer to end it, and who is
+told of errors."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -7,3 +9,9 @@ import grpc
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 # The peer ends its side once it has read the last message. A server that ended first could lose that message.
 PEER_END_S = 2.0
+# Called with the reason of each error that a caller gets, as a status or as a message of a stream.
+OnError: TypeAlias = Callable[[str], None]
+
+
+def ignore(_: str) -> None:
+    """Take no notice of an error."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 import grpc
@@ -14,7 +14,7 @@ from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.durable_answers import DurableAnswers
-from lattice_server.rpc.handlers import Context
+from lattice_server.rpc.handlers import Context, OnError, ignore
 from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, unreadable
 from lattice_server.rpc.statuses import internal_error, status_of
 
@@ -32,7 +32,7 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         limits: MessageLimits,
         slices: Slices,
         answers: DurableAnswers | None = None,
-        on_error: Callable[[str], None] | None = None,
+        on_error: OnError = ignore,
     ) -> None:
         super().__init__()
         self._answers = answers
@@ -117,7 +117,6 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
             # Only the ids of a request are logged; its values belong to the caller.
             ids = {field: getattr(request_or_iterator, field, "") for field in ("run_id", "task_id", "node_id")}
             log.error("%s failed", method_name, exc_info=bug, extra={**ex.metadata, **ids})
-        if self._on_error is not None:
-            self._on_error(ex.reason)
+        self._on_error(ex.reason)
         status = status_of(ex)
         await context.abort(status.code, status.details, status.trailing_metadata)

@@ -24,7 +24,7 @@ from lattice_server.rpc.chunking import PART_BYTES, in_parts
 from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, question_from_proto
 from lattice_server.rpc.convert.runs import question_to_proto, run_to_proto
-from lattice_server.rpc.handlers import PEER_END_S
+from lattice_server.rpc.handlers import PEER_END_S, OnError
 from lattice_server.rpc.statuses import internal_error, refusal_of
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,19 @@ Add = Callable[[workflow_pb2.AddTasksRequest], Awaitable[workflow_pb2.AddTasksRe
 
 
 class OpenRunStreams:
-    """The streams of `WorkflowService.OpenRun`. `start` starts the run of a request, `add` adds tasks to a run."""
+    """The streams of `WorkflowService.OpenRun`. `start` starts the run of a request, `add` adds tasks to a run.
 
-    def __init__(self, orchestrator: Orchestrator, question_limit_bytes: int, start: Start, add: Add) -> None:
+    `on_error` is called with the reason of each refusal.
+    """
+
+    def __init__(
+        self, orchestrator: Orchestrator, question_limit_bytes: int, start: Start, add: Add, on_error: OnError
+    ) -> None:
         self._orchestrator = orchestrator
         self._limit_bytes = question_limit_bytes
         self._start = start
         self._add = add
+        self._on_error = on_error
 
     async def serve(self, request_iterator: Requests) -> AsyncGenerator[workflow_pb2.OpenRunResponse]:
         """Serve one stream. Raises LatticeError for an opening that is refused."""
@@ -55,7 +61,9 @@ class OpenRunStreams:
             raise invalid_field("opening.after_sequence", "must not be negative")
         entry.log.check_cursor(opening.after_sequence)
         holder = self._orchestrator.open_runs.hold(entry)
-        stream = _Stream(entry, holder, self._orchestrator.open_runs, self._add, self._limit_bytes)
+        stream = _Stream(
+            entry, holder, self._orchestrator.open_runs, self._add, self._limit_bytes, on_error=self._on_error
+        )
         reading = asyncio.create_task(stream.read(requests))
         try:
             accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
@@ -82,17 +90,27 @@ class OpenRunStreams:
 class _Stream:
     """One stream: reads the messages of its caller, and makes the responses."""
 
-    def __init__(self, entry: RunEntry, holder: CallerStream, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        entry: RunEntry,
+        holder: CallerStream,
+        open_runs: OpenRuns,
+        add: Add,
+        limit_bytes: int,
+        *,
+        on_error: OnError,
+    ) -> None:
         self._entry = entry
         self._holder = holder
         self._open_runs = open_runs
         self._add = add
         self._limit_bytes = limit_bytes
+        self._on_error = on_error
         self._results: list[workflow_pb2.AdditionResult] = []
         self._refused: list[str] = []
         self._answers = 0
         self._told_answers = 0
-        self._stopped: errors_pb2.Refusal | None = None
+        self._stopped: LatticeError | None = None
 
     async def read(self, requests: Requests) -> None:
         """Process the messages of the caller, to the end of its side of the stream."""
@@ -112,14 +130,14 @@ class _Stream:
             self._open_runs.fall_silent(self._entry, self._holder)
         except LatticeError as error:
             # A message that is too large, or cannot be decoded.
-            self._stop(refusal_of(error))
+            self._stop(error)
         except Exception:
             bug = internal_error()
             log.exception("a stream of an open run failed", extra={"run_id": self._entry.run_id, **bug.metadata})
-            self._stop(refusal_of(bug))
+            self._stop(bug)
 
-    def _stop(self, refusal: errors_pb2.Refusal) -> None:
-        self._stopped = refusal
+    def _stop(self, error: LatticeError) -> None:
+        self._stopped = error
         self._holder.news.set()
 
     async def _added(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AdditionResult:
@@ -133,8 +151,12 @@ class _Stream:
             request.run_id = run_id
             result.added.CopyFrom(await self._add(request))
         except LatticeError as error:
-            result.refused.CopyFrom(refusal_of(error))
+            result.refused.CopyFrom(self._refusal(error))
         return result
+
+    def _refusal(self, error: LatticeError) -> errors_pb2.Refusal:
+        self._on_error(error.reason)
+        return refusal_of(error)
 
     def _take_answer(self, message: workflow_pb2.QuestionAnswer) -> None:
         self._answers += 1
@@ -159,9 +181,9 @@ class _Stream:
         while True:
             await holder.news.wait()
             holder.news.clear()
-            stopped = self._stopped or (holder.taken_over and refusal_of(holder.taken_over))
-            if stopped:
-                yield workflow_pb2.OpenRunResponse(stopped=stopped)
+            stopped = self._stopped or holder.taken_over
+            if stopped is not None:
+                yield workflow_pb2.OpenRunResponse(stopped=self._refusal(stopped))
                 return
             response = workflow_pb2.OpenRunResponse()
             for part in self._due(response):

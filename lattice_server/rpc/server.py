@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -36,6 +36,7 @@ from lattice_server.rpc.authentication import Authentication, AuthenticationInte
 from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.durable_answers import DurableAnswers
+from lattice_server.rpc.handlers import OnError, ignore
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.request_deserializer import MessageLimits
@@ -102,7 +103,7 @@ class RpcServer:
         slices: Slices,
         answers: DurableAnswers | None = None,
         observers: Sequence[grpc.aio.ServerInterceptor] = (),
-        on_error: Callable[[str], None] | None = None,
+        on_error: OnError = ignore,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
@@ -110,7 +111,7 @@ class RpcServer:
         # Observers see the status of an error.
         interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, answers, on_error)]
         trust = TrustInterceptor()
-        guard = trust if authentication is None else AuthenticationInterceptor(authentication)
+        guard = trust if authentication is None else AuthenticationInterceptor(authentication, on_error)
         self._workflows = workflows
         self._server = _server(config, [*interceptors, guard])
         self._local_server = _server(config, [*interceptors, trust])

@@ -23,7 +23,7 @@ from lattice_server.rpc import callers
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.callers import Caller, no_longer_valid
 from lattice_server.rpc.convert.workers import hello_to_event
-from lattice_server.rpc.handlers import PEER_END_S, Context
+from lattice_server.rpc.handlers import PEER_END_S, Context, OnError, ignore
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_deserializer import unreadable
 from lattice_server.rpc.spec_parser import SpecParser
@@ -60,11 +60,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
         limits = config.question_limit_bytes, config.chunk_limit_bytes
+        self._on_error: OnError = ignore
         self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible, spans)
 
-    def observe_runners(self, observer: OnRunners) -> None:
-        """Have the counts of workers given to an observer."""
-        self._reader.on_runners = observer
+    def observe(self, on_runners: OnRunners, on_error: OnError) -> None:
+        """Have observers told of the counts of workers, and of the reasons of refused streams."""
+        self._reader.on_runners, self._on_error = on_runners, on_error
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""
@@ -85,6 +86,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 return
             refusal = self._admission.refusal(first, is_local=is_local)
         if refusal is not None:
+            self._on_error(worker_pb2.CloseReason.Name(refusal.reason).removeprefix("CLOSE_REASON_"))
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
             return

@@ -28,7 +28,7 @@ from lattice_server.rpc.convert.runs import (
 from lattice_server.rpc.convert.tasks import check_id, check_request_id
 from lattice_server.rpc.executions import ExecutionStreams, Recall, RunTask
 from lattice_server.rpc.graph_builder import GraphBuilder
-from lattice_server.rpc.handlers import Context
+from lattice_server.rpc.handlers import Context, OnError
 from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page, page_limit
 from lattice_server.rpc.recorded_runs import RunFilter, rows_of, shown
@@ -52,6 +52,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         question_limit_bytes: int,
         run_task: RunTask,
         recall: Recall | None,
+        on_error: OnError,
     ) -> None:
         self._orchestrator = orchestrator
         self._library = library
@@ -61,8 +62,10 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         graphs = GraphBuilder(parser, drafts, slices)
         self._starter = RunStarter(orchestrator, library, drafts, parser, graphs)
         self._editor = WorkflowEditor(orchestrator, library, drafts, parser, graphs, slices)
-        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall)
-        self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks)
+        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall, on_error)
+        self._open_runs = OpenRunStreams(
+            orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks, on_error
+        )
 
     async def CreateWorkflow(
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context

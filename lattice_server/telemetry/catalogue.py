@@ -72,7 +72,10 @@ STREAM_CALLS = _counter(
     "Streaming calls that ended, by the status that the server gave them.",
 )
 ERRORS = _counter(
-    "lattice.server.errors", "{error}", ("reason",), "Calls that ended with an error, by the reason sent to the caller."
+    "lattice.server.errors",
+    "{error}",
+    ("reason",),
+    "Calls that ended with an error, and refusals within a stream, by the reason sent to the caller.",
 )
 LOOP_LAG = _histogram(
     "lattice.server.loop.lag",

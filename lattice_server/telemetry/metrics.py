@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lattice_server.config import ServerConfig
 from lattice_server.telemetry import TelemetryError
+from lattice_server.telemetry.exporters import exporter
 from lattice_server.telemetry.journal_meter import JournalMeter
 from lattice_server.telemetry.meters import Reading
 from lattice_server.telemetry.prometheus import PrometheusServer, serve
@@ -44,7 +45,7 @@ class Metrics:
             from lattice_server.telemetry import otel
 
             resource = otel.resource_of(version, epoch)
-            self._export = otel.MetricExport(otel.exporter("metrics", config.metrics), resource, self.read)
+            self._export = otel.MetricExport(exporter("metrics", config.metrics), resource, self.read)
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -86,6 +87,6 @@ def address_of(given: str, environment: Mapping[str, str]) -> tuple[str, int]:
     host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST") or "127.0.0.1"
     address = given or f"{host}:{environment.get('OTEL_EXPORTER_PROMETHEUS_PORT') or 0}"
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise TelemetryError(f"metrics_address must be host:port, not {address!r}")
     return host.strip("[]"), int(port)

@@ -5,16 +5,14 @@ Rule: this module is the server's only importer of OpenTelemetry, and is importe
 
 import asyncio
 import logging
-import os
-import pkgutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from opentelemetry import context, propagate, trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
-from opentelemetry.sdk.environment_variables import OTEL_METRIC_EXPORT_INTERVAL
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -33,15 +31,15 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from lattice_server.engine.spans import ReportedSpan, Scalar
 from lattice_server.telemetry.catalogue import Kind
+from lattice_server.telemetry.exporters import interval_ms, within_limit
 from lattice_server.telemetry.meters import Distribution, Reading
 
 log = logging.getLogger(__name__)
 
-INTERVAL_MS = 60_000.0
 CUMULATIVE = AggregationTemporality.CUMULATIVE
 
 
@@ -52,22 +50,6 @@ def resource_of(version: str, instance_id: str) -> Resource:
     if str(given.get("service.name", "")).startswith("unknown_service"):
         given = {name: value for name, value in given.items() if name != "service.name"}
     return Resource({**named, **given})
-
-
-# The exporters by the kind of `--metrics` and of `--traces`; `OTEL_EXPORTER_OTLP_*` say where they send.
-EXPORTERS = {
-    ("metrics", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.metric_exporter:OTLPMetricExporter",
-    ("metrics", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.metric_exporter:OTLPMetricExporter",
-    ("metrics", "console"): "opentelemetry.sdk.metrics.export:ConsoleMetricExporter",
-    ("traces", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.trace_exporter:OTLPSpanExporter",
-    ("traces", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.trace_exporter:OTLPSpanExporter",
-    ("traces", "console"): "opentelemetry.sdk.trace.export:ConsoleSpanExporter",
-}
-
-
-def exporter(signal: str, kind: str) -> Any:
-    """Return the exporter of a kind for `metrics` or for `traces`. Raises ImportError when its package is missing."""
-    return pkgutil.resolve_name(EXPORTERS[signal, kind])()
 
 
 class MetricExport:
@@ -81,7 +63,7 @@ class MetricExport:
     ) -> None:
         self._exporter, self._resource, self._read = exporter, resource, read
         self._started_ns = time.time_ns()
-        self._interval_s = float(os.environ.get(OTEL_METRIC_EXPORT_INTERVAL) or INTERVAL_MS) / 1000
+        self._interval_s = interval_ms() / 1000
 
     async def run(self) -> None:
         """Export; for ever."""
@@ -101,8 +83,8 @@ class MetricExport:
 
     async def stop(self) -> None:
         """Export the metrics once more, and close the exporter."""
-        await self.export()
-        await asyncio.to_thread(self._exporter.shutdown)
+        if await within_limit(asyncio.create_task(self.export()), self._exporter):
+            await asyncio.to_thread(self._exporter.shutdown)
 
 
 def metrics_data(readings: Iterable[Reading], resource: Resource, started_ns: int, now_ns: int) -> MetricsData:
@@ -139,9 +121,23 @@ def _metric(reading: Reading, started_ns: int, now_ns: int) -> Metric:
 
 # Spans.
 
-Span = trace.Span
 # OpenTelemetry's own numbers of kinds in messages begin at 1, those of its API at 0.
 KINDS = (SpanKind.INTERNAL, SpanKind.SERVER, SpanKind.CLIENT, SpanKind.PRODUCER, SpanKind.CONSUMER)
+OWN, OF_TASKS = InstrumentationScope("lattice_server"), InstrumentationScope("lattice_task")
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """A span of a run, which is exported when it ends. One of the SDK would take three times as long."""
+
+    context: SpanContext
+    parent: SpanContext | None
+    name: str
+    kind: SpanKind
+    start_ns: int
+    attributes: dict[str, Scalar]
+    links: Sequence[Link] = ()
+    events: list[Event] = field(default_factory=list)
 
 
 class Spans:
@@ -152,15 +148,18 @@ class Spans:
 
     def __init__(self, exporter: SpanExporter, resource: Resource) -> None:
         self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(exporter)
+        self._exporter, self._processor = exporter, BatchSpanProcessor(exporter)
         self.provider.add_span_processor(self._processor)
         self._tracer = self.provider.get_tracer("lattice_server")
         self._resource = resource
 
     def begin(self, name: str, start_ns: int, attributes: Mapping[str, Scalar]) -> Span | None:
         """Begin a span of the call that is being served; None when its trace is not sampled."""
-        span = self._tracer.start_span(name, attributes=attributes, start_time=start_ns)
-        return span if span.is_recording() else None
+        # The SDK samples it and chooses its ids.
+        made: Any = self._tracer.start_span(name, attributes=attributes, start_time=start_ns)
+        if not made.is_recording():
+            return None
+        return Span(made.get_span_context(), made.parent, name, made.kind, start_ns, dict(made.attributes))
 
     def child(
         self,
@@ -173,57 +172,67 @@ class Spans:
         is_remote_work: bool = False,
     ) -> Span:
         """Begin a span below another one; `link` names a span that it follows."""
-        links = None if link is None else [Link(link.get_span_context())]
+        above = parent.context
+        span_id = self.provider.id_generator.generate_span_id()
+        own = SpanContext(above.trace_id, span_id, False, above.trace_flags, above.trace_state)
+        links = () if link is None else (Link(link.context),)
         kind = SpanKind.CONSUMER if is_remote_work else SpanKind.INTERNAL
-        below = trace.set_span_in_context(parent, context.Context())
-        return self._tracer.start_span(name, below, kind, attributes, links, start_time=start_ns)
+        return Span(own, above, name, kind, start_ns, dict(attributes), links)
 
     def note(self, span: Span, attributes: Mapping[str, Scalar]) -> None:
         """Add attributes to a span."""
-        span.set_attributes(attributes)
+        span.attributes.update(attributes)
 
     def event(self, span: Span, name: str, time_ns: int) -> None:
         """Add an event to a span."""
-        span.add_event(name, timestamp=time_ns)
+        span.events.append(Event(name, timestamp=time_ns))
 
     def end(self, span: Span, end_ns: int, error_type: str = "") -> None:
         """End a span; with the type of an error, as failed."""
         if error_type:
-            span.set_attribute("error.type", error_type)
-            span.set_status(Status(StatusCode.ERROR, error_type))
-        span.end(end_ns)
+            span.attributes["error.type"] = error_type
+        status = Status(StatusCode.ERROR, error_type) if error_type else Status()
+        self._export(span, end_ns, status, OWN)
 
     def traceparent(self, span: Span) -> str:
         """Return the text by which a process names a span as a parent."""
-        found = span.get_span_context()
+        found = span.context
         return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
 
     def write(self, attempt: Span, span: ReportedSpan, parent_id: int | None) -> None:
         """Export a span of a task in the trace of its attempt, below that or below another span of the task."""
-        top = attempt.get_span_context()
+        top = attempt.context
         if span.span_id == top.span_id:
             return
-        own = SpanContext(top.trace_id, span.span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+        own = SpanContext(top.trace_id, span.span_id, is_remote=True, trace_flags=top.trace_flags)
         parent = top if parent_id is None else SpanContext(top.trace_id, parent_id, is_remote=True)
+        events = [Event(event.name, dict(event.attributes), event.time_ns) for event in span.events]
+        made = Span(own, parent, span.name, KINDS[span.kind - 1], span.start_ns, dict(span.attributes), (), events)
+        status = Status(StatusCode.ERROR, span.message or None) if span.is_failed else Status()
+        self._export(made, span.end_ns, status, OF_TASKS)
+
+    def _export(self, span: Span, end_ns: int, status: Status, scope: InstrumentationScope) -> None:
         self._processor.on_end(
             ReadableSpan(
                 span.name,
-                own,
-                parent,
+                span.context,
+                span.parent,
                 self._resource,
-                dict(span.attributes),
-                [Event(event.name, dict(event.attributes), event.time_ns) for event in span.events],
-                kind=KINDS[span.kind - 1],
-                status=Status(StatusCode.ERROR, span.message or None) if span.is_failed else Status(),
+                span.attributes,
+                span.events,
+                span.links,
+                span.kind,
+                status=status,
                 start_time=span.start_ns,
-                end_time=span.end_ns,
-                instrumentation_scope=InstrumentationScope("lattice_task"),
+                end_time=end_ns,
+                instrumentation_scope=scope,
             )
         )
 
     async def stop(self) -> None:
         """Export the remaining spans, and close the exporter."""
-        await asyncio.to_thread(self.provider.shutdown)
+        closing = asyncio.create_task(asyncio.to_thread(self.provider.shutdown))
+        await within_limit(closing, self._exporter)
 
 
 class _Parents(grpc.aio.ServerInterceptor):

@@ -1,11 +1,15 @@
 """Serves metrics to Prometheus. Rule: a name is that of OpenTelemetry's own translation: dots become underscores, the
 unit is appended, and counters end in `_total`."""
 
+import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -14,7 +18,11 @@ from lattice_server.telemetry import TelemetryError
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Instrument, Kind
 from lattice_server.telemetry.meters import Distribution, Reading
 
+log = logging.getLogger(__name__)
+
 UNITS = {"s": "seconds", "By": "bytes"}
+# Anyone on this machine may connect: so many requests at once, and so long for each part of one.
+MAX_REQUESTS, REQUEST_S = 64, 2.0
 
 
 def prometheus_name(instrument: Instrument) -> str:
@@ -77,11 +85,58 @@ def _buckets(instrument: Instrument, found: Distribution) -> list[tuple[str, flo
     return buckets
 
 
+class _Handler(WSGIRequestHandler):
+    """Reads one request."""
+
+    timeout = REQUEST_S
+
+    def log_message(self, format: str, *_: Any) -> None:
+        """Write no line for a request."""
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """Answers up to `MAX_REQUESTS` at once; further connections wait to be accepted."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, family: int, address: Any, page: Any) -> None:
+        self.address_family = family
+        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
+        # So that many scrapes take no more of the interpreter than one after the other.
+        self._writing = threading.Lock()
+        self._page = page
+        super().__init__(address, _Handler)
+        self.set_app(self._answer)
+
+    def _answer(self, environment: Any, start_response: Any) -> Any:
+        with self._writing:
+            return self._page(environment, start_response)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a request on a thread of its own."""
+        self._free.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a request."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Note a caller that left, or sent nothing."""
+        log.debug("a request for metrics failed", exc_info=True)
+
+
 class PrometheusServer:
     """The HTTP server that Prometheus scrapes; it runs on threads of its own."""
 
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
-        self._server, self._thread = server, thread
+    def __init__(self, server: WSGIServer) -> None:
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, name="lattice-metrics", daemon=True)
+        self._thread.start()
         host, port = server.server_address[:2]
         text = host.decode() if isinstance(host, bytes | bytearray) else str(host)
         self.url = f"http://[{text}]:{port}/metrics" if ":" in text else f"http://{text}:{port}/metrics"
@@ -98,7 +153,8 @@ def serve(host: str, port: int, read: Callable[[], Iterable[Reading]]) -> Promet
     registry = CollectorRegistry()
     registry.register(_Readings(read))
     try:
-        return PrometheusServer(*start_http_server(port, host, registry))
-    except OSError as error:
-        text = f"metrics cannot be served at {host}:{port}: {error.strerror or error}"
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return PrometheusServer(_HttpServer(family, address, make_wsgi_app(registry)))
+    except (OSError, UnicodeError) as error:  # The latter is about names that are no host names.
+        text = f"metrics cannot be served at {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise TelemetryError(f"{text}; choose another metrics_address, with port 0 for any") from None

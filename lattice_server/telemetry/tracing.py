@@ -3,6 +3,7 @@
 from typing import Any
 
 from lattice_server.telemetry import otel
+from lattice_server.telemetry.exporters import exporter
 from lattice_server.telemetry.run_tracer import RunTracer
 
 
@@ -21,7 +22,7 @@ class Tracing:
         self.runs: RunTracer | None = None
         self._spans: otel.Spans | None = None
         if kind != "none":
-            self._spans = otel.Spans(otel.exporter("traces", kind), otel.resource_of(version, epoch))
+            self._spans = otel.Spans(exporter("traces", kind), otel.resource_of(version, epoch))
             self.runs = RunTracer(self._spans)
             self.interceptors = otel.call_tracing(self._spans.provider)
         elif otel.has_provider():

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from lattice_client import LatticeClient, Run
-from lattice_client.cli import options
+from lattice_client.cli import groups
 from lattice_client.cli.main import main
 from tests.client.shell import WAIT_S, call, ended, fail, greet, terminal
 from tests.commands import LATTICE
@@ -122,12 +122,12 @@ def test_command_prints_one_line_when_it_meets_an_unexpected_error(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("lattice_client.cli.main.connected", broken)
+    monkeypatch.setattr("lattice_client.cli.cluster.connected", broken)
     done = call(NOBODY, "status")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(text)
     assert done.stderr.count("\n") == 1
-    monkeypatch.setattr(options.log, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(groups.log, "isEnabledFor", lambda level: True)
     assert call(NOBODY, "status").exception is error
 
 
@@ -156,9 +156,9 @@ def test_commands_of_other_packages_are_offered() -> None:
 def test_commands_work_when_another_entry_point_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    broken = EntryPoint("token", "lattice_none:command", options.ENTRY_POINTS)
+    broken = EntryPoint("token", "lattice_none:command", groups.ENTRY_POINTS)
     found = EntryPoints([broken])
-    monkeypatch.setattr(options, "entry_points", found.select)
+    monkeypatch.setattr(groups, "entry_points", found.select)
     assert re.search(r"^  token +Cannot be loaded", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE)
     assert "runs" in CliRunner().invoke(main, ["--help"]).stdout
     done = CliRunner().invoke(main, ["token"])

@@ -4,6 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from click import Context
+
+from lattice_client.cli.groups import LazyGroup
+from lattice_client.cli.main import main
+from lattice_client.cli.runs import runs
 
 # Modules that Windows lacks, and functions of `os` and `signal`.
 WITHOUT_POSIX = """
@@ -59,6 +64,23 @@ print(bool(function.python.pickle), len(workflow.tasks))
 """
 
 
+# Prints which of the packages that take long a command has imported.
+COMMAND = """
+import sys
+from lattice_client.cli.main import main
+main({arguments!r}, prog_name="lattice", standalone_mode=False)
+print("imported:", *sorted({{"grpc", "ray", "opentelemetry", "rich.table"}} & sys.modules.keys()))
+"""
+DECLARE = """
+import sys
+from lattice_client import context, task
+@task
+def double(x: int) -> int:
+    return 2 * x
+print("imported:", *sorted({"grpc", "rich", "click", "lattice_client.sync"} & sys.modules.keys()))
+"""
+
+
 def output_of(program: str) -> str:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -74,3 +96,21 @@ def output_of(program: str) -> str:
 )
 def test_client_works_when_modules_are_missing(missing: str, program: str, printed: str) -> None:
     assert output_of(missing + program).startswith(printed)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]], ids=" ".join)
+def test_lattice_imports_no_command_when_it_runs_none(arguments: list[str]) -> None:
+    assert output_of(COMMAND.format(arguments=arguments)).endswith("\nimported:\n")
+
+
+def test_task_is_declared_without_the_connection_to_a_server() -> None:
+    assert output_of(DECLARE) == "imported:\n"
+
+
+@pytest.mark.parametrize("group", [main, runs], ids=lambda group: group.name)
+def test_summary_of_a_command_is_the_first_sentence_of_its_help(group: LazyGroup) -> None:
+    context = Context(group)
+    for name, (_, summary) in group.lazy.items():
+        command = group.get_command(context, name)
+        assert command is not None
+        assert (command.name, summary) == (name, command.get_short_help_str(1000))

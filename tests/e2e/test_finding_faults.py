@@ -13,9 +13,10 @@ from tests.commands import LATTICE, START
 from tests.e2e.conftest import served
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
 
-RECORDS = 40
-BAD_RECORD = 27
-SLOW_S, FAST_S = 0.8, 0.2
+# With two tasks each, and two more, they make 300 tasks.
+RECORDS = 149
+BAD_RECORD = 117
+SLOW_S, FAST_S = 0.25, 0.05
 
 
 @task
@@ -101,7 +102,7 @@ def test_each_fault_of_a_run_is_found_with_one_command(two_nodes: str, room: Roo
 
         shown = lattice(two_nodes, "runs", "show", run)
         failures, _, waiting = shown.partition("\nfailures:\n")[2].partition("\nwaiting:\n")
-        assert "  parse-28: attempt 1 on node " in failures
+        assert f"  parse-{BAD_RECORD + 1}: attempt 1 on node " in failures
         assert f"USER_ERROR: ValueError: record {BAD_RECORD} has no date" in failures
         assert re.search(r'test_finding_faults\.py:\d+, in parse: raise ValueError\(f"record', failures)
         assert "  train: queued for " in waiting

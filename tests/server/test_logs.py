@@ -80,6 +80,16 @@ def test_lines_of_a_traceback_are_indented() -> None:
     assert json.loads(written("json", "broken", error))["exception"].endswith(HOSTILE)
 
 
+@pytest.mark.parametrize("form", logs.FORMATS)
+def test_record_is_short_when_its_texts_are_huge(form: str) -> None:
+    error = ValueError("first " + "\n" * 1_000_000 + " last")
+    line = written(form, "begin " + "m" * 1_000_000 + " end", error, run_id="r" * 1_000_000)
+    assert len(line) < 60_000
+    assert all(
+        text in line for text in ("begin m", "m end", "ValueError: first", " last", "999744 characters left out")
+    )
+
+
 def test_handler_is_replaced_when_logging_is_set_up_again(root: logging.Logger) -> None:
     own = logging.NullHandler()
     root.addHandler(own)

@@ -129,6 +129,8 @@ def test_command_serves_when_the_address_is_secured_or_insecure_is_set(
 
     monkeypatch.setattr(app, "serve", serve)
     monkeypatch.setattr(cli, "MAY_SERVE", True)
+    for name in ("GRPC_ENABLE_FORK_SUPPORT", "GRPC_VERBOSITY"):  # The command sets them.
+        monkeypatch.setenv(name, "")
     monkeypatch.delenv("LATTICE_TOKEN", raising=False)
     safe = ["--tls-cert", str(made.cert), "--tls-key", str(made.key), "--tls-ca", str(made.ca)]
     with caplog.at_level(logging.WARNING):

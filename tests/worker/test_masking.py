@@ -85,3 +85,9 @@ def test_a_lease_without_secrets_has_no_masker() -> None:
     found = Masker.of(worker_pb2.Assignment(environment={"A": SECRET, "B": "plain-value"}, secret_variables=["A"]))
     assert found is not None
     assert found.text(f"{SECRET} plain-value") == "*** plain-value"
+
+
+def test_value_is_masked_when_it_was_cut_in_the_middle_of_a_secret() -> None:
+    masker = Masker(["s3cret-of-the-provider"])
+    assert masker.value({"name": "key s3cret-of", "list": ["s3cret-o"]}) == {"name": "key ***", "list": ["***"]}
+    assert masker.value("key s3cret-") == "key s3cret-"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,16 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.trace import TracerProvider
 
-from lattice_client import AsyncLatticeClient, LatticeClient, context, task
+from lattice_client import (
+    AsyncLatticeClient,
+    AsyncLatticeWorkflow,
+    LatticeClient,
+    NotFoundError,
+    TaskFailedError,
+    context,
+    secret,
+    task,
+)
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.commands import START
 from tests.server.apps import NoWorkers, serving
@@ -258,6 +268,62 @@ async def test_sandbox_cannot_write_into_other_traces(monkeypatch: pytest.Monkey
     # One frame is taken; the second and the third, and the proper one after them, are not.
     (forged,) = [span for span in spans if span.name in {"forged", "proper"}]
     assert (forged.name, forged.trace_id, forged.parent_span_id) == ("forged", run.trace_id, attempt.span_id)
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_refused_run_is_a_span_with_its_status_when_its_caller_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = TracerProvider().get_tracer("caller")
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with serving(NoWorkers(), traces="otlp") as app, AsyncLatticeClient(app.address) as client:
+            missing = client.get_workflow("nothing")
+            for _ in range(2):  # The second run would go over the stream.
+                await client.run(_of_one_task(client))
+            with tracer.start_as_current_span("caller") as caller, pytest.raises(NotFoundError):
+                await client.run(missing)
+            with pytest.raises(NotFoundError):
+                await client.run(missing)
+            own = caller.get_span_context()
+        spans = receiver.spans()
+    not_found = grpc.StatusCode.NOT_FOUND.value[0]
+    (refused,) = [span for span in spans if attributes_of(span).get("rpc.grpc.status_code") == not_found]
+    assert (refused.name, refused.kind) == ("/lattice.v1.WorkflowService/RunWorkflow", SERVER)
+    assert (refused.trace_id, refused.parent_span_id) == (own.trace_id.to_bytes(16), own.span_id.to_bytes(8))
+
+
+def _of_one_task(client: AsyncLatticeClient) -> AsyncLatticeWorkflow:
+    workflow = client.create_workflow()
+    workflow.add_task(double, {"x": 1})
+    return workflow
+
+
+@task(env={"KEY": secret("CANARY")})
+def tell(x: int) -> int:
+    """Write a secret into spans, also where they are cut."""
+    key = os.environ["KEY"]
+    tracer = context.tracer()
+    with tracer.start_as_current_span(f"{'x' * 240} {key}") as span:
+        span.set_attribute(key, f"{'x' * 4080} {key}")
+        span.add_event(key, {"quoted": repr(key)})
+    with tracer.start_as_current_span("failing"):
+        raise ValueError(key)
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_secret_of_a_task_is_in_no_span_and_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "canary-4711-of-the-spans"
+    monkeypatch.setenv("CANARY", canary)
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with measured(traces="otlp", metrics="otlp") as (_, client):
+            with pytest.raises(TaskFailedError):
+                await client.run_task(tell, {"x": 1})
+        exported = f"{receiver.resource_spans}{receiver.resource_metrics}"
+    assert {"failing", "attempt tell"} <= {span.name for span in receiver.spans()}
+    assert canary[:8] not in exported
+    assert exported.count("***") >= 6
 
 
 @pytest.mark.slow
