@@ -50,12 +50,15 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
 
 def _outer(found: TracebackType | None) -> TracebackType | None:
     """Return a traceback without the frames of this package: with those of the user's functions that it called."""
-    if found is None:
-        return None
-    following = _outer(found.tb_next)
-    if found.tb_frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
-        return following
-    return TracebackType(following, found.tb_frame, found.tb_lasti, found.tb_lineno)
+    kept = []
+    while found is not None:
+        if found.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in INNER:
+            kept.append(found)
+        found = found.tb_next
+    outer: TracebackType | None = None
+    for one in reversed(kept):
+        outer = TracebackType(outer, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    return outer
 
 
 def iterate(api: RunApi, source: AsyncIterator[T], run_id: str, timeout: float | None) -> Iterator[T]:
