@@ -296,6 +296,12 @@ class _Reader:
                     found.append(run.stored())
         return found
 
+    def run_ids(self) -> Iterator[tuple[int, str, str]]:
+        """See `JournalReader`."""
+        with self._lock:
+            found = [(number, run.accepted.tenant, run.accepted.run_id) for number, run in self._runs.items()]
+        yield from found
+
     def workflows(self) -> Iterator[StoredWorkflow]:
         """See `JournalReader`."""
         with self._lock:
