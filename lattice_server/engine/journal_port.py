@@ -165,6 +165,12 @@ class Journal(Protocol):
             JournalBrokenError, ValueError: see `append`.
         """
 
+    def append_later(self, record: Record) -> None:
+        """Take a record that nothing waits for. It is written with later ones, or when the journal is closed.
+
+        Raises JournalBrokenError, ValueError: see `append`.
+        """
+
     @property
     def is_busy(self) -> bool:
         """Whether so many bytes wait that workers should not be read for now."""

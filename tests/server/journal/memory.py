@@ -110,6 +110,10 @@ class MemoryJournal:
         """See `Journal`."""
         return self._order.last_workflow
 
+    def append_later(self, record: Record) -> None:
+        """See `Journal`."""
+        self.append([record])
+
     @property
     def is_busy(self) -> bool:
         """See `Journal`."""

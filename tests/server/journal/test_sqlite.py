@@ -21,9 +21,9 @@ from lattice_server.engine.journal_port import (
     JournalReader,
     JournalVersionError,
 )
-from lattice_server.engine.journal_records import Record, RunDeleted
+from lattice_server.engine.journal_records import Record, ResultsRead, RunDeleted
 from lattice_server.journal.failpoints import FAILPOINTS
-from lattice_server.journal.group_commit import Limits
+from lattice_server.journal.group_commit import LATER_RECORDS, Limits
 from lattice_server.journal.sqlite import SqliteBackend, SqliteSettings, Sync, open_sqlite
 from lattice_server.journal.sqlite_database import connect
 from tests.server.journal.listening import Listening, accepted, code, ended, event, store, whole
@@ -320,3 +320,37 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_record_that_nothing_waits_for_causes_no_commit_until_the_journal_is_closed(folder: Path) -> None:
+    listening, commits = Listening(), [0]
+
+    def count(records: int, size_bytes: int, seconds: float, waited_s: float) -> None:
+        commits.append(records)
+
+    journal = open_sqlite(folder, listening)
+    journal.on_commit = count
+    for run in (1, 2, 3):
+        store(journal, listening, *whole(run))
+    journal.append_later(ResultsRead(2))
+    store(journal, listening, *whole(4, events=0))
+    journal.append_later(ResultsRead(3))
+    journal.close()
+    assert commits[-2:] == [3, 1], "with the next records, and by the end"
+    journal = open_sqlite(folder, Listening())
+    with journal.reader() as reader:
+        assert {found.run for found in reader.ended_runs() if found.is_read} == {2, 3}
+    journal.close()
+
+
+def test_many_records_that_nothing_waits_for_are_committed_by_themselves(folder: Path) -> None:
+    listening = Listening()
+    journal = open_sqlite(folder, listening)
+    store(journal, listening, *whole(1))
+    for _ in range(LATER_RECORDS - 1):
+        journal.append_later(ResultsRead(1))
+    with journal.reader() as reader:
+        assert not reader.ended_runs()[0].is_read
+        journal.append_later(ResultsRead(1))
+        listening.until(lambda: reader.ended_runs()[0].is_read)
+    journal.close()
