@@ -101,7 +101,8 @@ class RunMaker:
     def _applying(self, made: Made, recorded: Recorded, definitions: Iterator[bytes]) -> Steps[None]:
         entry, codec = made.entry, self._journal.codec
         # The machines count monotonic time, which began anew if the computer was started again.
-        offset_s = time.time() - time.monotonic()
+        now = time.monotonic()
+        offset_s = time.time() - now
         for found, is_step in stepwise(recorded.events):
             told = codec.read_event(entry.key, found.body, found.replay)
             fact = told.event.fact
@@ -110,7 +111,8 @@ class RunMaker:
                 tasks = (yield from codec.read_workflow(next(definitions, b""), self._code)).tasks
                 made.functions |= yield from functions_of(tasks)
                 added = tasks
-            at = told.happened_s - offset_s
+            # Not in the future, where limits would count from: the clock of the computer may have been set back.
+            at = min(told.happened_s - offset_s, now)
             made.restoration.apply(fact, at, added=added, queued_s=told.queued_s, is_called=told.is_called)
             entry.note_times(fact, offset_s)
             entry.log.append(fact, told.event.time_s)

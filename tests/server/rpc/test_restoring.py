@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import cluster_pb2, run_pb2, worker_pb2, workflow_pb2
+from lattice.v1 import cluster_pb2, errors_pb2, run_pb2, worker_pb2, workflow_pb2
 
 from lattice_server.engine.journal_records import StoredRun
 from lattice_server.engine.run_maker import Recorded
@@ -160,6 +160,21 @@ def test_a_server_that_stops_while_it_restores_loses_no_run(tmp_path: Path, gate
             gate.is_open.set()
             async with head(tmp_path) as scene:
                 assert sorted(await listed(scene)) == list(RUNS)
+
+    asyncio.run(scenario())
+
+
+def test_a_time_limit_holds_when_the_clock_was_set_back_before_a_restart(tmp_path: Path, gate: Gate) -> None:
+    async def scenario() -> None:
+        gate.is_open.set()
+        async with head(tmp_path) as scene:
+            request = workflow_pb2.RunWorkflowRequest(run_id="r", workflow=graph(task("a")))
+            request.timeout.FromMilliseconds(500)
+            await scene.workflows.RunWorkflow(request)
+        with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as database, database:
+            database.execute("UPDATE runs SET accepted_s = accepted_s + 86400 WHERE ended_s IS NULL")
+        async with head(tmp_path) as scene:
+            assert (await scene.result("r")).failure.kind == errors_pb2.FAILURE_KIND_TIMEOUT
 
     asyncio.run(scenario())
 
