@@ -19,13 +19,16 @@ from lattice_server.engine.journal_port import (
     JournalError,
     JournalLockedError,
     JournalReader,
+    JournalRetention,
     JournalVersionError,
 )
 from lattice_server.engine.journal_records import Record, ResultsRead, RunDeleted
 from lattice_server.journal.failpoints import FAILPOINTS
 from lattice_server.journal.group_commit import LATER_RECORDS, Limits
+from lattice_server.journal.record_writer import STEP_ROWS, RecordWriter
 from lattice_server.journal.sqlite import SqliteBackend, SqliteSettings, Sync, open_sqlite
-from lattice_server.journal.sqlite_database import connect
+from lattice_server.journal.sqlite_database import PAGE_BYTES, connect
+from lattice_server.journal.uses import Changes
 from tests.server.journal.listening import Listening, accepted, code, ended, event, store, whole
 
 LARGE = 40_000
@@ -204,6 +207,29 @@ def test_file_shrinks_when_runs_are_deleted(folder: Path) -> None:
     after = (folder / "journal.sqlite").stat().st_size
     assert before.file_bytes + before.log_bytes > 10 * 20 * 20_000
     assert after < 2 * 20 * 20_000
+
+
+def test_log_stays_small_while_many_runs_are_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, limit_bytes = 800, 256 * 1024
+    fill(folder, *(record for run in range(1, runs + 1) for record in whole(run, events=9, size=3_000)))
+    steps: list[tuple[int, int]] = []
+    step = RecordWriter.delete_step
+
+    def noted(writer: RecordWriter, changes: Changes) -> int:
+        rows = step(writer, changes)
+        steps.append((rows, (folder / "journal.sqlite-wal").stat().st_size))
+        return rows
+
+    monkeypatch.setattr(RecordWriter, "delete_step", noted)
+    settings = SqliteSettings(Sync.NORMAL, JournalRetention(runs=1), checkpoint_bytes=limit_bytes)
+    listening = Listening()
+    journal = open_sqlite(folder, listening, settings)
+    store(journal, listening, *whole(runs + 1))
+    wait_for(lambda: not query(folder, "SELECT 1 FROM doomed"))
+    journal.close()
+    assert sum(rows for rows, _ in steps) >= 10 * runs
+    assert len(steps) < runs / 10, "one transaction deletes many small runs"
+    assert max(size for _, size in steps) < limit_bytes + 2 * STEP_ROWS * PAGE_BYTES
 
 
 def test_log_is_brought_into_the_file_and_cut_off(folder: Path) -> None:
