@@ -164,6 +164,29 @@ def test_a_server_that_stops_while_it_restores_loses_no_run(tmp_path: Path, gate
     asyncio.run(scenario())
 
 
+def test_an_open_run_is_taken_over_before_other_runs_are_restored(tmp_path: Path, gate: Gate) -> None:
+    async def opened(scene: Scene, **opening: Any) -> workflow_pb2.RunWorkflowResponse:
+        call = scene.workflows.OpenRun()
+        await call.write(workflow_pb2.OpenRunRequest(opening=workflow_pb2.OpenRunOpening(**opening)))
+        return (await call.read()).accepted  # type: ignore[no-any-return]
+
+    async def scenario() -> None:
+        await recorded(tmp_path)
+        gate.passed.add("open")
+        async with head(tmp_path) as scene:
+            gate.is_open.set()
+            run = workflow_pb2.RunWorkflowRequest(run_id="open", workflow=graph(task("a")))
+            assert (await opened(scene, run=run)).created
+        gate.is_open.clear()
+        async with head(tmp_path) as scene:
+            for opening in ({"run_id": "open"}, {"run": run}):
+                accepted = await opened(scene, **opening)
+                assert (accepted.created, accepted.run.run_id) == (False, "open")
+            gate.is_open.set()
+
+    asyncio.run(scenario())
+
+
 def test_a_time_limit_holds_when_the_clock_was_set_back_before_a_restart(tmp_path: Path, gate: Gate) -> None:
     async def scenario() -> None:
         gate.is_open.set()
