@@ -3,8 +3,8 @@
 Three parts, each on a journal in SQLite:
 
 - `start`: a server records a live run and one that has ended. Their records are copied under other ids, and the server
-  is started on the journal: the time and its processor time until it answers, and until all tasks that can start are
-  in the scheduler. The same start on an empty journal is subtracted.
+  is started on the journal: the time and its processor time until it answers, and until all tasks are in the scheduler,
+  which has those of a chain early. The same start on an empty journal is subtracted.
 - `adoption`: agents run tasks while the server is killed; the share of the attempts that continue after its next start.
 - `latency`: runs of one task that does nothing, on servers with and without a journal, which take turns.
 """
@@ -144,10 +144,10 @@ def _cpu_s(process: psutil.Process) -> float:
 def starts(folder: Path, runs: int, tasks: int, ended: int) -> None:
     """Measure the start of a server with so many live and ended runs."""
     empty, full = folder / "empty", folder / "full"
-    ready = _record(full, tasks)
+    _record(full, tasks)
     _copy(full, runs, ended)
     timed_start(empty, 0)
-    base, found = timed_start(empty, 0), timed_start(full, runs * ready)
+    base, found = timed_start(empty, 0), timed_start(full, runs * tasks)
     print(f"{runs} live runs of {tasks} tasks, {ended} ended runs; {found.memory_bytes / 2**20:.0f} MiB of memory")
     print("| | time | of it, without the start of Python | processor time, without that |")
     print("|---|---|---|---|")
@@ -159,8 +159,8 @@ def starts(folder: Path, runs: int, tasks: int, ended: int) -> None:
         print(f"| {name} | {time_s:.2f} s | {own_s:.2f} s | {own_cpu_s:.2f} s |")
 
 
-def _record(folder: Path, tasks: int) -> int:
-    """Record a live run of so many tasks, in chains of ten, and one that ended; return how many tasks can start."""
+def _record(folder: Path, tasks: int) -> None:
+    """Record a live run of so many tasks, in chains of ten, and one that ended."""
     with head(folder, cpus=1) as served, LatticeClient(served.address) as client:
         lattice_side.one(client)
         # It has the only CPU, so that no task of the run starts.
@@ -174,7 +174,6 @@ def _record(folder: Path, tasks: int) -> int:
             value = last.output if last is not None and index % 10 else index
             last = workflow.add_task(lattice_side.noop, {"x": value})
         workflow.run()
-    return (tasks + 9) // 10
 
 
 def _copy(folder: Path, runs: int, ended: int) -> None:

@@ -17,7 +17,9 @@ from lattice.v1 import cluster_pb2
 from lattice_server import __version__
 from lattice_server.composition import Engine, authentication_of, executor_of, metrics_of, rpc_server, tracing_of
 from lattice_server.config import ServerConfig
+from lattice_server.core.errors import UnavailableError
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.garbage import GarbageCollection
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
 from lattice_server.rpc.convert.times import timestamp
@@ -71,7 +73,7 @@ class App:
         return "" if self._metrics is None else self._metrics.url
 
     async def start(self) -> None:
-        """Listen, then start workers.
+        """Listen, then start workers. Live runs of the journal are restored in the background.
 
         Raises PortInUseError, ExecutorError, TelemetryError, after stopping the started parts.
         """
@@ -79,7 +81,7 @@ class App:
         # Before the runs of the journal are made: full collections would look through all that are made by then.
         self._garbage.start()
         try:
-            self._engine.restore()
+            self._engine.read_journal()
             port = await self._rpc.start()
         except BaseException:
             self._garbage.stop()
@@ -99,8 +101,10 @@ class App:
         await self._rpc.set_serving(True)
 
     def _start_background(self) -> None:
-        """Start the heartbeats of sessions, and the watches of files that are read again when they change."""
+        """Restore runs, start the heartbeats of sessions, and watch the files that are read again when they change."""
         found = [self._engine.sessions.watch(self.config.heartbeat_interval_s)]
+        if (restorer := self._engine.orchestrator.restorer) is not None:
+            found.append(self._restore(restorer))
         if self._authentication is not None and self.config.tokens_file:
             path = Path(self.config.tokens_file)
             found.append(reload_on_change(path, "--tokens-file", read_tokens, self._authentication.replace))
@@ -110,6 +114,15 @@ class App:
         if self._rpc.certificates is not None:
             found.append(self._rpc.certificates.reload_on_change())
         self._background += map(asyncio.create_task, found)
+
+    async def _restore(self, restorer: RunRestorer) -> None:
+        try:
+            await restorer.restore()
+        except UnavailableError:
+            return  # The server stops.
+        except Exception:
+            log.critical("the runs of the journal cannot be restored, and the server stops", exc_info=True)
+            self.has_failed.set()
 
     def _is_idle(self) -> bool:
         """Whether no task is open, and so little is kept that looking through it takes a few ms."""
@@ -139,6 +152,8 @@ class App:
             ending.push_async_callback(self._rpc.stop, self.config.stop_grace_s)
             ending.push_async_callback(self._executor.stop)
             ending.callback(self._workers.close_all)
+            if (restorer := self._engine.orchestrator.restorer) is not None:
+                ending.callback(restorer.stop)
             if self._engine.journal is not None:
                 # The ends of workers that stop with the server are no facts of the runs, which continue after a start.
                 ending.callback(self._engine.journal.freeze)
@@ -175,7 +190,7 @@ class App:
             start_time=timestamp(self._started_s),
             ray_address=self._executor.ray_address(),
             pid=os.getpid(),
-            active_runs=sum(not entry.run.is_terminal for entry in orchestrator.runs.values()),
+            active_runs=orchestrator.active_runs,
             queued_tasks=described.waiting,
             current_time=timestamp(time.time()),
             running_attempts=described.running,

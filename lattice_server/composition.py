@@ -131,18 +131,20 @@ class Engine:
         interface = address_for_others(config.node_ip or config.host)
         self.services = Services(self.orchestrator, *functions, self.bus.post, interface)
         self.scheduler = SchedulerThread(
-            Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
+            Scheduler(self.epoch, config.session_ttl_s, config.limits, is_restoring=self.journal is not None),
+            self.bus,
+            on_failure,
         )
 
     def close(self) -> None:
         """Close the stores, and the journal after making all of it durable."""
         self._open.close()
 
-    def restore(self) -> None:
-        """Take back the workflows and runs of the journal."""
+    def read_journal(self) -> None:
+        """Take back the workflows of the journal, and learn which runs it has."""
         if self.journal is not None and self.orchestrator.restorer is not None:
             restore_workflows(self.workflows, self.journal)
-            self.orchestrator.restorer.restore()
+            self.orchestrator.restorer.list_runs()
 
     def _dropped(self, runs: Sequence[DroppedRun], artifacts: Sequence[str]) -> None:
         if self.orchestrator.restorer is not None:
@@ -257,6 +259,7 @@ def rpc_server(
         assigned,
         engine.epoch,
         engine.admission.check_possible,
+        orchestrator.restored,
         None if tracing is None else tracing.runs,
     )
     if metrics is not None:

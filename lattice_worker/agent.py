@@ -154,6 +154,7 @@ class Agent:
                 log.info("the server sent nothing for %.1f s", self._silence_limit_s, extra=self._named())
             finally:
                 beating.cancel()
+                self._outbox.close()
                 self._artifacts = None
         return False
 

@@ -82,9 +82,11 @@ class ArtifactStaging:
 
     def discard(self, folder: str | Path) -> None:
         """Delete a folder, and the bytes on disk of the artifacts in it."""
-        for path in Path(folder).rglob("*"):
-            if path.is_symlink():
-                self.remove(path)
+        # Unlike `rglob`, this passes over folders that the next server deletes at the same time.
+        for parent, _, names in os.walk(folder):
+            for path in (Path(parent, name) for name in names):
+                if path.is_symlink():
+                    self.remove(path)
         shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, folder: str, artifact_ids: Iterable[str]) -> None:

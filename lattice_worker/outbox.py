@@ -49,10 +49,15 @@ class Outbox:
 
     def open(self, hello: worker_pb2.Hello) -> AsyncIterator[worker_pb2.ConnectRequest]:
         """Return the messages of a new stream; those of the stream before end."""
-        self._is_welcome = self._has_said_draining = False
-        # The generator of a broken stream may live on; it must not be woken any more.
-        self._wake = asyncio.Event()
+        self.close()
+        self._has_said_draining = False
         return self._requests(hello, self._wake)
+
+    def close(self) -> None:
+        """End the messages of the stream: gRPC waits for the next one also when the stream has broken."""
+        self._is_welcome = False
+        wake, self._wake = self._wake, asyncio.Event()
+        wake.set()
 
     def resume(self, reports: list[worker_pb2.Report]) -> None:
         """Begin to send: the server has welcomed the worker, and may not have these reports."""
@@ -84,15 +89,19 @@ class Outbox:
         yield worker_pb2.ConnectRequest(hello=hello)
         loop = asyncio.get_running_loop()
         sent_at = -math.inf
-        while wake is self._wake:
+        while True:
             await wake.wait()
             wake.clear()
+            if wake is not self._wake:
+                return
             if not self._is_welcome:
                 continue
             if self._leases.slots.has_waiting and (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
                 # A message costs both sides more than the reports in it. The leases that wait behind others will be
                 # reported in quick succession, and the server has no use for their slots before they are through.
                 await asyncio.sleep(wait_s)
+                if wake is not self._wake:
+                    return
             sent_at = loop.time()
             for request in self._due():
                 yield request

@@ -29,25 +29,33 @@ class Zygotes:
         self._current: dict[bool, Zygote] = {}  # By whether it is the one of the sandboxes.
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
         """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
         is_for_sandboxes = sandbox is not None
         async with self._starting:
+            if self._is_closed:
+                raise ConnectionError("the worker ends, and starts no more processes")
             zygote = self._current.get(is_for_sandboxes)
             if zygote is None or zygote.is_gone:
                 environment = interpreter_environment() if is_for_sandboxes else self._environment
                 zygote = self._current[is_for_sandboxes] = await Zygote.start(self._clean, environment)
+            if self._is_closed:  # While it started.
+                zygote.close()
         return await zygote.fork(mode, descriptors, sandbox)
 
     def close(self) -> None:
-        """End the zygotes, and with them every process they forked."""
+        """End the zygotes, and with them every process they forked; start no more."""
+        self._is_closed = True
         for zygote in self._current.values():
             zygote.close()
 
     async def wait_closed(self) -> None:
         """Wait until the zygotes, and with them all processes, have ended. `close` comes first."""
-        for zygote in self._current.values():
+        async with self._starting:
+            zygotes = list(self._current.values())
+        for zygote in zygotes:
             await zygote.process.wait()
 
     def _clean(self, zygote: Zygote) -> None:

@@ -43,7 +43,10 @@ MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 # The default message limit of servers, plus the bytes that gRPC adds.
 RETRY_LIMIT_BYTES = 17 * 1024 * 1024
 # Every call may be repeated: a call that changes something carries an id by which the server recognises it.
+# Streams in both directions are not: their readers make calls instead, or open another one.
 SERVICE_CONFIG = """{"methodConfig": [
+{"name": [{"service": "lattice.v1.WorkflowService", "method": "ExecuteWorkflows"},
+{"service": "lattice.v1.WorkflowService", "method": "OpenRun"}]},
 {"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
 "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
 OPTIONS = [

@@ -114,6 +114,9 @@ class JournalReader(Protocol):
     def ended_runs(self, *, tenant: str | None = None, before: int | None = None, limit: int = 100) -> list[StoredRun]:
         """Return runs that have ended, the newest first: of one tenant or of all, and with a number below `before`."""
 
+    def run_ids(self) -> Iterator[tuple[int, str, str]]:
+        """Yield the number, the tenant and the id of each run, live ones included, in any order."""
+
     def workflows(self) -> Iterator[StoredWorkflow]:
         """Yield the stored workflows, oldest first."""
 
@@ -160,6 +163,12 @@ class Journal(Protocol):
             JournalBusyError: too many bytes wait to become durable.
             JournalFullError: there is no room for new work.
             JournalBrokenError, ValueError: see `append`.
+        """
+
+    def append_later(self, record: Record) -> None:
+        """Take a record that nothing waits for. It is written with later ones, or when the journal is closed.
+
+        Raises JournalBrokenError, ValueError: see `append`.
         """
 
     @property

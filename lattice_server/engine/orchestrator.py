@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     NodesChanged,
     NodesDescribed,
     PastRuns,
+    RunsRestored,
     SchedulerEffect,
     SchedulerEvent,
     ServiceNeeded,
@@ -45,6 +46,7 @@ from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_events import RunEvents
 from lattice_server.engine.run_journal import RunJournal
+from lattice_server.engine.run_maker import RunMaker
 from lattice_server.engine.run_registry import RunRegistry
 from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.engine.run_signals import RunSignals
@@ -103,8 +105,9 @@ class Orchestrator:
         self.journal = journal
         self.restorer: RunRestorer | None = None
         if journal is not None:
-            parts = (stores, admission, self._driver, self._starter, journal, self._slices)
+            parts = (stores, RunMaker(admission, journal), self._driver, self._starter, journal, self._slices)
             self.restorer = RunRestorer(registry.runs, registry.ended, *parts)
+            self.restorer.on_restored = partial(bus.post, [RunsRestored()])
             registry.ended.on_read = journal.note_read
         bus.subscribe(self.deliver)
 
@@ -198,6 +201,17 @@ class Orchestrator:
         entry = self.run(run_id, reach)
         await self._additions.add(entry, tasks, expected_revision, reach, secrets)
         return entry
+
+    @property
+    def active_runs(self) -> int:
+        """How many runs have not ended, those included that are still to be restored."""
+        waiting = 0 if self.restorer is None else len(self.restorer.waiting)
+        return waiting + sum(not entry.run.is_terminal for entry in self.runs.values())
+
+    async def restored(self) -> None:
+        """Wait until all live runs of the journal are restored. Raises UnavailableError when the server stops."""
+        if self.restorer is not None:
+            await self.restorer.restored()
 
     async def explain(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> Explanation:
         """Return why a task waits. Raises NotFoundError."""

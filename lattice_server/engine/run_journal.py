@@ -7,6 +7,7 @@ refused. Answers wait for the newest append, see `wait`.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, UnavailableError
@@ -143,9 +144,11 @@ class RunJournal:
 
     def note_read(self, entry: RunEntry) -> None:
         """Record that a caller was given the results of a run."""
-        if entry.is_transient:
+        if entry.is_transient or self._is_frozen:
             return
-        self._append([ResultsRead(entry.number)])
+        # A journal that broke has told its listener.
+        with suppress(JournalError):
+            self.journal.append_later(ResultsRead(entry.number))
 
     def store(self, entry: StorableWorkflow) -> None:
         """Record a stored workflow. Raises as `accept`."""

@@ -125,7 +125,9 @@ class RunStarter:
     def arm(self, entry: RunEntry) -> None:
         """Set the timers of a run that starts, or that continues after a restart of the server."""
         if entry.timeout_s is not None:
-            left_s = max(0.0, entry.timeout_s - (time.time() - entry.created_s))
+            # The clock may have been set back since.
+            passed_s = max(0.0, time.time() - entry.created_s)
+            left_s = max(0.0, entry.timeout_s - passed_s)
             entry.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, entry, entry.timeout_s)
         if entry.run.is_open:
             self._open_runs.open(entry)

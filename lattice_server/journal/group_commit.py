@@ -1,6 +1,7 @@
 """Owns the thread that makes records durable. Rule: a commit takes all records that came during the last one; no timer.
 
-A single record waits for one commit. Under load the commits become larger, not the time to wait.
+A single record waits for one commit. Under load the commits become larger, not the time to wait. A record that nothing
+waits for causes no commit of its own, which the next record would have to wait for.
 """
 
 import threading
@@ -37,6 +38,7 @@ from lattice_server.journal.uses import Changes
 
 MIB = 1024 * 1024
 RECORD_BYTES = 200  # The memory of a record besides its values.
+LATER_RECORDS = 256  # So many records that nothing waits for are committed by themselves.
 
 
 @frozen
@@ -92,6 +94,10 @@ class GroupCommit:
             raise JournalBusyError(text)
         return self.append(records)
 
+    def append_later(self, record: Record) -> None:
+        """See `Journal`."""
+        self._queue.put_later(record, self._order)
+
     def reader(self) -> AbstractContextManager[JournalReader]:
         """See `Journal`."""
         return self._backend.reader()
@@ -117,7 +123,7 @@ class GroupCommit:
         try:
             has_chores = True  # An earlier process may have left some.
             while (batch := self._queue.take(waits=not has_chores)) is not None:
-                if batch.appends:
+                if batch.appends or batch.records:
                     self._commit(batch)
                 has_chores = self._chore(is_idle=not batch.appends) or batch.appends > 0
             failpoint("close.before")
@@ -176,6 +182,7 @@ class _Queue:
         self.pending_bytes = 0
         self._limits = limits
         self._waiting: deque[tuple[Sequence[Record], int, float]] = deque()
+        self._later: list[Record] = []
         self._number = 0
         self._taken = 0
         self._is_closed = False
@@ -185,24 +192,39 @@ class _Queue:
     def put(self, records: Sequence[Record], order: Order) -> int:
         """Add records that are in order. Raises ValueError, JournalBrokenError."""
         with self._changed:
-            if self._failure is not None or self._is_closed:
-                raise JournalBrokenError(str(self._failure or "the journal is closed"))
-            order.check(records)
-            size = sum(map(_size_of, records))
-            self._waiting.append((records, size, time.monotonic()))
-            self.pending_bytes += size
-            self._number += 1
-            self._changed.notify()
-            return self._number
+            self._check(records, order)
+            return self._add(records)
+
+    def put_later(self, record: Record, order: Order) -> None:
+        """Add a record to the next batch, whenever that is. Raises as `put`."""
+        with self._changed:
+            self._check([record], order)
+            self._later.append(record)
+            if len(self._later) == LATER_RECORDS:
+                later, self._later = self._later, []
+                self._add(later)
+
+    def _check(self, records: Sequence[Record], order: Order) -> None:
+        if self._failure is not None or self._is_closed:
+            raise JournalBrokenError(str(self._failure or "the journal is closed"))
+        order.check(records)
+
+    def _add(self, records: Sequence[Record]) -> int:
+        size = sum(map(_size_of, records))
+        self._waiting.append((records, size, time.monotonic()))
+        self.pending_bytes += size
+        self._number += 1
+        self._changed.notify()
+        return self._number
 
     def take(self, *, waits: bool) -> _Batch | None:
         """Return the next records, within the bounds of one commit; None when closed and empty."""
         with self._changed:
             while waits and not self._waiting and not self._is_closed:
                 self._changed.wait()
-            if self._is_closed and not self._waiting:
+            if self._is_closed and not self._waiting and not self._later:
                 return None
-            batch = _Batch([], self._waiting[0][2] if self._waiting else 0.0)
+            batch = _Batch([], self._waiting[0][2] if self._waiting else time.monotonic())
             while self._waiting and len(batch.records) < self._limits.commit_records:
                 records, size, _ = self._waiting[0]
                 if batch.records and batch.size_bytes + size > self._limits.commit_bytes:
@@ -211,6 +233,9 @@ class _Queue:
                 batch.records += records
                 batch.size_bytes += size
                 batch.appends += 1
+            if batch.records or self._is_closed:
+                batch.records += self._later
+                self._later = []
             self._taken += batch.appends
             batch.number = self._taken
             return batch

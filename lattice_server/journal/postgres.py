@@ -101,7 +101,7 @@ class PostgresBackend:
             return False
         failpoint("chores.before_delete")
         with self._database.transaction():
-            self._has_deleted = self._writer.delete_step(changes)
+            self._has_deleted = self._writer.delete_step(changes) > 0
         failpoint("chores.after_delete")
         return True
 

@@ -11,6 +11,7 @@ from lattice_server.journal.database import RUN_COLUMNS, WORKFLOW_COLUMNS, Datab
 
 # How many rows one statement reads: a long one would keep SQLite from reusing its log.
 PAGE_ROWS = 200
+ID_ROWS = 5000  # They are small.
 TOP = 2**62
 
 LIVE = f"SELECT {RUN_COLUMNS} FROM runs WHERE ended_s IS NULL AND number > ? ORDER BY number LIMIT ?"
@@ -18,6 +19,9 @@ BY_ID = f"SELECT {RUN_COLUMNS} FROM runs WHERE tenant = ? AND run_id = ? ORDER B
 ENDED = f"SELECT {RUN_COLUMNS} FROM runs WHERE ended_s IS NOT NULL AND number < ? ORDER BY number DESC LIMIT ?"
 ENDED_OF = f"""SELECT {RUN_COLUMNS} FROM runs WHERE ended_s IS NOT NULL AND tenant = ? AND number < ?
     ORDER BY number DESC LIMIT ?"""
+# In the order of an index that has all these columns.
+IDS = """SELECT number, tenant, run_id FROM runs WHERE (tenant, run_id, number) > (?, ?, ?)
+    ORDER BY tenant, run_id, number LIMIT ?"""
 WORKFLOWS = f"SELECT {WORKFLOW_COLUMNS} FROM workflows WHERE number > ? ORDER BY number LIMIT ?"
 EVENTS = "SELECT sequence, body, replay FROM events WHERE run = ? AND sequence > ? ORDER BY sequence LIMIT ?"
 PARTS = "SELECT part, cell FROM definitions WHERE run = ? AND part > ? ORDER BY part LIMIT ?"
@@ -87,6 +91,13 @@ class RecordReader:
         else:
             rows = self._database.execute(ENDED_OF, (tenant, top, limit))
         return [self._run(row) for row in rows]
+
+    def run_ids(self) -> Iterator[tuple[int, str, str]]:
+        """See `JournalReader`."""
+        number, tenant, run_id = -1, "", ""
+        while rows := self._database.execute(IDS, (tenant, run_id, number, ID_ROWS)):
+            yield from rows
+            number, tenant, run_id = rows[-1]
 
     def workflows(self) -> Iterator[StoredWorkflow]:
         """See `JournalReader`."""

@@ -28,15 +28,15 @@ from lattice_server.journal.uses import Changes, Uses, run_user, workflow_user
 STEP_ROWS = 500
 VICTIMS = 100
 OWN_BYTES = 256  # The size of a row besides its values.
-# For each table with rows of a run: the first row of the run, and the deletion of its rows before a number.
+# For each table with rows of a run: the numbers of its first rows, and the deletion of its rows up to a number.
 PARTS = (
     (
-        "SELECT sequence FROM events WHERE run = ? ORDER BY sequence LIMIT 1",
-        "DELETE FROM events WHERE run = ? AND sequence < ?",
+        "SELECT sequence FROM events WHERE run = ? ORDER BY sequence LIMIT ?",
+        "DELETE FROM events WHERE run = ? AND sequence <= ?",
     ),
     (
-        "SELECT part FROM definitions WHERE run = ? ORDER BY part LIMIT 1",
-        "DELETE FROM definitions WHERE run = ? AND part < ?",
+        "SELECT part FROM definitions WHERE run = ? ORDER BY part LIMIT ?",
+        "DELETE FROM definitions WHERE run = ? AND part <= ?",
     ),
 )
 
@@ -143,12 +143,12 @@ class RecordWriter:
         self._uses.settle(changes)
         return changes
 
-    def delete_step(self, changes: Changes) -> bool:
-        """Delete some of the remaining rows of deleted runs; return whether there were any."""
+    def delete_step(self, changes: Changes) -> int:
+        """Delete some of the remaining rows of deleted runs; return how many those were."""
         budget = STEP_ROWS
         while budget > 0 and (rows := self._database.execute("SELECT run FROM doomed ORDER BY run LIMIT 1")):
             budget -= self._delete_part(rows[0][0], budget, changes)
-        return budget < STEP_ROWS
+        return STEP_ROWS - budget
 
     def _accept(self, record: RunAccepted) -> None:
         live = self._live[record.run] = _Live(record.tenant, kept_bytes=OWN_BYTES + len(record.settings))
@@ -229,9 +229,9 @@ class RecordWriter:
     def _delete_part(self, run: int, budget: int, changes: Changes) -> int:
         """Delete at most about so many rows of a run; return how many those were, at least one."""
         for find, delete in PARTS:
-            if first := self._database.execute(find, (run,)):
-                self._database.execute(delete, (run, first[0][0] + budget))
-                return budget
+            if found := self._database.execute(find, (run, budget)):
+                self._database.execute(delete, (run, found[-1][0]))
+                return len(found)
         user = run_user(run)
         if names := self._uses.names(user, budget):
             self._uses.drop(user, names, changes)

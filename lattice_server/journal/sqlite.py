@@ -144,7 +144,9 @@ class SqliteBackend:
         elif self._has_deleted:
             failpoint("chores.before_delete")
             with self._database.transaction():
-                self._has_deleted = self._writer.delete_step(changes)
+                rows = self._writer.delete_step(changes)
+            self._has_deleted = rows > 0
+            self._log_bytes += rows * PAGE_BYTES  # Each may lie in a page of its own.
             failpoint("chores.after_delete")
             self._has_vacuumed = False
         elif self._sweeping is not None:

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from lattice.v1 import workflow_pb2
+from google.protobuf.message import Message
+from lattice.v1 import cluster_pb2, workflow_pb2
 
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.tenancy import Reach
@@ -17,10 +18,22 @@ from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.rpc import callers
 
 Method = Callable[[Any, Any], Any]
+# What is answered before all live runs are restored, besides calls that name a run.
+OF_NO_RUN = (
+    cluster_pb2.GetServerInfoRequest,
+    cluster_pb2.ListNodesRequest,
+    workflow_pb2.GetWorkflowRequest,
+    workflow_pb2.ListWorkflowsRequest,
+)
+# Their run is only one of those that they need.
+OF_SEVERAL_RUNS = (workflow_pb2.DeleteRunRequest, workflow_pb2.RetryRunRequest)
 
 
 class DurableAnswers:
-    """Wraps the methods of servicers. The ended run that a request names is read from the journal before the call."""
+    """Wraps the methods of servicers. The run that a request names is read from the journal before the call.
+
+    After the start, a call that needs other runs as well waits until all live runs are restored.
+    """
 
     def __init__(self, journal: RunJournal, restorer: RunRestorer) -> None:
         self._journal = journal
@@ -54,12 +67,20 @@ class DurableAnswers:
                 yield answer
 
     async def recall(self, request: Any) -> None:
-        """Read the ended run that a request names from the journal, if it is there."""
+        """Have the runs that a request needs in memory. Requests of a stream are given one by one."""
+        if not isinstance(request, Message) or isinstance(request, OF_NO_RUN):
+            return
+        if isinstance(request, OF_SEVERAL_RUNS):
+            await self._restorer.restored()
         if isinstance(request, workflow_pb2.DeleteRunRequest):
             return  # A run is deleted without being read.
-        named = getattr(request, "run", request)
+        # Either a run, or a request that starts one.
+        named: Any = request
+        if "run" in request.DESCRIPTOR.fields_by_name and request.HasField("run"):
+            named = named.run
         run_id = getattr(named, "run_id", "")
         if not run_id or not isinstance(run_id, str):
+            await self._restorer.restored()
             return
         reach = callers.reach()
         if tenant := getattr(named, "tenant", ""):

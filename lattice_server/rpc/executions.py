@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 
+from google.protobuf.message import Message
 from lattice.v1 import task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
@@ -28,7 +29,7 @@ MAX_OPEN = 4096
 Requests = AsyncIterator[workflow_pb2.ExecuteWorkflowsRequest]
 Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
 RunTask = Callable[[task_pb2.RunTaskRequest], Awaitable[task_pb2.RunTaskResponse]]
-Recall = Callable[[workflow_pb2.RunWorkflowRequest | task_pb2.RunTaskRequest], Awaitable[None]]
+Recall = Callable[[Message], Awaitable[None]]
 Response = workflow_pb2.ExecuteWorkflowsResponse
 
 

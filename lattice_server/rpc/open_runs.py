@@ -31,22 +31,30 @@ log = logging.getLogger(__name__)
 
 Requests = AsyncIterator[workflow_pb2.OpenRunRequest]
 Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
+Recall = Callable[[workflow_pb2.OpenRunOpening], Awaitable[None]]
 Add = Callable[[workflow_pb2.AddTasksRequest], Awaitable[workflow_pb2.AddTasksResponse]]
 
 
 class OpenRunStreams:
     """The streams of `WorkflowService.OpenRun`. `start` starts the run of a request, `add` adds tasks to a run.
 
-    `on_error` is called with the reason of each refusal.
+    `recall` is called before with each opening; `on_error` is called with the reason of each refusal.
     """
 
     def __init__(
-        self, orchestrator: Orchestrator, question_limit_bytes: int, start: Start, add: Add, on_error: OnError
+        self,
+        orchestrator: Orchestrator,
+        question_limit_bytes: int,
+        start: Start,
+        add: Add,
+        recall: Recall | None,
+        on_error: OnError,
     ) -> None:
         self._orchestrator = orchestrator
         self._limit_bytes = question_limit_bytes
         self._start = start
         self._add = add
+        self._recall = recall
         self._on_error = on_error
 
     async def serve(self, request_iterator: Requests) -> AsyncGenerator[workflow_pb2.OpenRunResponse]:
@@ -56,6 +64,8 @@ class OpenRunStreams:
         if first is None or not first.HasField("opening"):
             raise invalid_field("opening", "the first message opens a run, or takes one over")
         opening = first.opening
+        if self._recall is not None:
+            await self._recall(opening)
         entry, created = await self._opened(opening)
         if opening.after_sequence < 0:
             raise invalid_field("opening.after_sequence", "must not be negative")

@@ -3,7 +3,7 @@ while the peer writes."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 import grpc
@@ -12,6 +12,7 @@ from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
+from lattice_server.core.errors import LatticeError
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
@@ -48,6 +49,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         assigned: AssignedArtifacts,
         server_id: str,
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        restored: Callable[[], Awaitable[None]],
         spans: SpanSink | None = None,
     ) -> None:
         self._config = config
@@ -58,6 +60,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._machines = machines
         self._assigned = assigned
         self._server_id = server_id
+        self._restored = restored
         self._admission = WorkerAdmission(sessions, machines)
         limits = config.question_limit_bytes, config.chunk_limit_bytes
         self._on_error: OnError = ignore
@@ -84,6 +87,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         else:
             if first is None:
                 return
+            # The leases that a worker holds are compared with those of all runs.
+            with contextlib.suppress(LatticeError):
+                await self._restored()
             refusal = self._admission.refusal(first, is_local=is_local)
         if refusal is not None:
             self._on_error(worker_pb2.CloseReason.Name(refusal.reason).removeprefix("CLOSE_REASON_"))

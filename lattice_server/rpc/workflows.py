@@ -63,9 +63,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self._starter = RunStarter(orchestrator, library, drafts, parser, graphs)
         self._editor = WorkflowEditor(orchestrator, library, drafts, parser, graphs, slices)
         self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall, on_error)
-        self._open_runs = OpenRunStreams(
-            orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks, on_error
-        )
+        starts = self._starter.start_open, self._add_tasks
+        self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, *starts, recall, on_error)
 
     async def CreateWorkflow(
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context

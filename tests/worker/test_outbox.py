@@ -170,3 +170,24 @@ def test_an_overdue_report_is_sent_again_before_later_ones() -> None:
         assert [report.sequence for report in request.reports] == [1, 2]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_welcome", [False, True])
+def test_the_messages_of_a_stream_end_when_it_has_broken(is_welcome: bool) -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        if is_welcome:
+            requests = await scene.welcome()
+        else:
+            requests = scene.outbox.open(HELLO)
+            await anext(requests)
+        for ending in (scene.outbox.close, lambda: scene.outbox.open(HELLO)):
+            waiting = asyncio.ensure_future(anext(requests, None))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            ending()
+            assert await waiting is None
+            requests = scene.outbox.open(HELLO)
+            await anext(requests)
+
+    asyncio.run(scenario())

@@ -9,6 +9,7 @@ import pytest
 
 from lattice_worker.artifact_staging import INCOMING, PREFIX, REPORTED, ArtifactStaging
 from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner.process_tree import children_of
 from lattice_worker.runner_pool import Pool
 
 
@@ -35,8 +36,27 @@ def test_a_start_that_fails_leaves_nothing_behind_and_is_tried_again(
         assert runner.is_fit
         pool.close()
         assert pool.take_idle(key) is None
-        assert (await pool.take(key)).is_fit
+        with pytest.raises(ConnectionError, match="the worker ends"):
+            await pool.take(key)
+        await pool.wait_closed()
+
+    staging = ArtifactStaging(str(tmp_path))
+    with staging.opened():
+        asyncio.run(scenario())
+
+
+def test_a_process_that_is_being_started_ends_when_the_pool_is_closed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        pool = Pool(0, staging)
+        taking = asyncio.ensure_future(pool.take(RunnerKey()))
+        while not pool._zygotes._starting.locked():
+            await asyncio.sleep(0)
         pool.close()
+        async with asyncio.timeout(60):
+            await pool.wait_closed()
+            with pytest.raises(OSError):  # noqa: PT011
+                await taking
+        assert not children_of(os.getpid())
 
     staging = ArtifactStaging(str(tmp_path))
     with staging.opened():

@@ -27,6 +27,11 @@ class DrainRequested:
 
 
 @frozen
+class RunsRestored:
+    """All tasks of the runs that a restart continues were sent; from now on workers say hello."""
+
+
+@frozen
 class NodesChanged:
     """These nodes are connected or may come back."""
 
@@ -46,6 +51,7 @@ SchedulerEvent = (
     | ExplainRequested
     | NodesRequested
     | DrainRequested
+    | RunsRestored
     | WorkerEvent
     | AttemptAsked
     | AttemptStreamed

@@ -28,10 +28,11 @@ class Unclaimed:
 
 @dataclass(slots=True, eq=False)
 class EarlierLeases:
-    """The unclaimed leases by id. They wait for their workers as long as a detached session does."""
+    """The unclaimed leases by id. Once they can be claimed, they wait as long as a detached session does."""
 
     _registry: NodeRegistry
     _placer: Placer
+    _is_open: bool = True
     _leases: dict[str, Unclaimed] = field(default_factory=dict)
     _of: dict[Task, Unclaimed] = field(default_factory=dict)
     _deadlines: Deadlines[Unclaimed] = field(default_factory=Deadlines)
@@ -55,10 +56,17 @@ class EarlierLeases:
                 return False
             lease = self._leases[known.lease_id] = Unclaimed(known, task.concurrency)
             self._placer.permits.take(task.concurrency)
-            self._deadlines.set(lease, now + self._registry.session_ttl_s)
+            if self._is_open:
+                self._deadlines.set(lease, now + self._registry.session_ttl_s)
         lease.members[known.item] = task
         self._of[task] = lease
         return True
+
+    def open(self, now: float) -> None:
+        """Have the leases wait from now on: workers can claim them."""
+        self._is_open = True
+        for lease in self._leases.values():
+            self._deadlines.set(lease, now + self._registry.session_ttl_s)
 
     def discard(self, task: Task) -> None:
         """Forget a task that has ended. Its lease keeps the permit, because the attempt may still run."""
@@ -97,7 +105,7 @@ class EarlierLeases:
 
     def check(self) -> None:
         """Assert that the tables agree."""
-        assert set(self._deadlines) == set(self._leases.values())
+        assert set(self._deadlines) == (set(self._leases.values()) if self._is_open else set())
         members = {task: lease for lease in self._leases.values() for task in lease.members.values()}
         assert members == self._of
         assert not any(task.lease_id or task.predecessor or task.is_over for task in members)

@@ -29,6 +29,7 @@ from lattice_server.core.messages import (
     NodesRequested,
     QuestionAsked,
     ReportsRead,
+    RunsRestored,
     SchedulerEffect,
     SchedulerEvent,
     ServiceChanged,
@@ -69,13 +70,21 @@ PlacesNothing = Told | WorkerHeartbeat
 class Scheduler:
     """The machine of the scheduler: events go in, effects come out."""
 
-    def __init__(self, epoch: str, session_ttl_s: float = 30.0, limits: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        epoch: str,
+        session_ttl_s: float = 30.0,
+        limits: Mapping[str, int] | None = None,
+        *,
+        is_restoring: bool = False,
+    ) -> None:
         """Make a machine without nodes and tasks.
 
         Args:
             epoch: identifies this life of the server in the ids of leases and sessions.
             session_ttl_s: after how many seconds a detached session expires.
             limits: the most calls at once, by concurrency key.
+            is_restoring: whether `RunsRestored` will come, before which no worker can claim an earlier lease.
         """
         numbers = count(1)
         self._effects: list[SchedulerEffect] = []
@@ -84,7 +93,7 @@ class Scheduler:
         self._placer = Placer(self._registry, numbers, epoch, emit, limits or {})
         self._reports = LeaseReports(self._registry, self._placer, emit)
         self._needs = Needs(self._registry, emit)
-        earlier = EarlierLeases(self._registry, self._placer)
+        earlier = EarlierLeases(self._registry, self._placer, not is_restoring)
         self._tasks = LiveTasks(self._registry, self._placer, self._needs, numbers, emit, earlier)
         self._attempts = Attempts(self._registry, self._placer, self._reports, self._tasks, numbers, emit)
         self._waits = Waits(self._registry, self._placer, self._tasks.by_key, emit, self._attempts.end_early)
@@ -197,6 +206,8 @@ class Scheduler:
                 self._sessions.take_lost(event, now)
             case DrainRequested():
                 self._sessions.drain(event, now)
+            case RunsRestored():
+                self._tasks.earlier.open(now)
             case ServiceChanged():
                 self._tasks.change_service(event, now)
             case NodesRequested() | ExplainRequested():

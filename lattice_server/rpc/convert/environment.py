@@ -30,6 +30,8 @@ def check_size(values: Mapping[str, str], field: str) -> None:
 
 def environment_from_proto(messages: Mapping[str, task_pb2.TaskVariable], field: str) -> tuple[Variables, Variables]:
     """Return the variables of a task by value, and those by the name of a secret. Raises InvalidError."""
+    if not messages:
+        return (), ()
     plain: dict[str, str] = {}
     secrets: dict[str, str] = {}
     for name, message in messages.items():

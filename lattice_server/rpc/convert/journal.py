@@ -4,8 +4,9 @@ Rule: the bytes are messages of the contract, encoded deterministically. Code is
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
 from lattice_server.core.messages import RunEvent, TaskFailed, TasksAdded, TaskStarted, TaskSucceeded
@@ -29,6 +30,7 @@ FAILURE_POLICY_FROM_PROTO = {
     workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT: FailurePolicy.FINISH_INDEPENDENT,
 }
 FAILURE_POLICY_TO_PROTO = {core: proto for proto, core in FAILURE_POLICY_FROM_PROTO.items()}
+M = TypeVar("M", bound=Message)
 # An accepted graph is restored, even if it exceeds the present limits.
 NO_LIMIT = 1 << 62
 
@@ -118,7 +120,7 @@ class ContractCodec:
 
     def read_settings(self, data: bytes) -> RunSettings:
         """See `RunCodec`."""
-        message = run_pb2.Run.FromString(data)
+        message = _read(run_pb2.Run, data)
         return RunSettings(
             labels=dict(message.labels),
             priority=message.priority,
@@ -135,7 +137,7 @@ class ContractCodec:
 
     def read_workflow(self, data: bytes, code: ReadCode) -> Steps[WorkflowSpec]:
         """See `RunCodec`."""
-        message = workflow_pb2.WorkflowSpec.FromString(data)
+        message = _read(workflow_pb2.WorkflowSpec, data)
         functions = {name: self._function(found.digest, code) for name, found in message.functions.items()}
         tasks: list[TaskSpec] = []
         for (index, task), is_step in stepwise(enumerate(message.tasks)):
@@ -146,11 +148,11 @@ class ContractCodec:
 
     def read_event(self, key: str, body: bytes, replay: bytes) -> RecordedEvent:
         """See `RunCodec`."""
-        return event_from_proto(key, run_pb2.RunEvent.FromString(body), worker_pb2.Report.FromString(replay))
+        return event_from_proto(key, _read(run_pb2.RunEvent, body), _read(worker_pb2.Report, replay))
 
     def read_stored(self, data: bytes, code: ReadCode) -> tuple[object, WorkflowSpec, dict[str, Function]]:
         """See `RunCodec`."""
-        message = workflow_pb2.WorkflowSpec.FromString(data)
+        message = _read(workflow_pb2.WorkflowSpec, data)
         functions = {name: self._function(found.digest, code) for name, found in message.functions.items()}
         tasks = [
             task_from_proto(task, f"tasks[{index}]", functions, NO_LIMIT, self._rules)
@@ -162,11 +164,11 @@ class ContractCodec:
         known = self._code.find(digest)
         if isinstance(known, Function):
             return known
-        return function_from_proto(task_pb2.Function.FromString(code(digest)), lambda name: self._bundle(name, code))
+        return function_from_proto(_read(task_pb2.Function, code(digest)), lambda name: self._bundle(name, code))
 
     def _bundle(self, digest: str, code: ReadCode) -> Bundle:
         known = self._code.find(digest)
-        return known if isinstance(known, Bundle) else bundle_from_proto(task_pb2.CodeBundle.FromString(code(digest)))
+        return known if isinstance(known, Bundle) else bundle_from_proto(_read(task_pb2.CodeBundle, code(digest)))
 
 
 def _workflow(message: workflow_pb2.WorkflowSpec, tasks: Sequence[TaskSpec]) -> WorkflowSpec:
@@ -178,6 +180,14 @@ def _workflow(message: workflow_pb2.WorkflowSpec, tasks: Sequence[TaskSpec]) -> 
         },
         failure_policy=FAILURE_POLICY_FROM_PROTO.get(message.failure_policy, FailurePolicy.FAIL_FAST),
     )
+
+
+def _read(kind: type[M], data: bytes) -> M:
+    """Return a message. Raises ValueError."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise ValueError(f"the bytes are no {kind.DESCRIPTOR.name}: {error}") from None
 
 
 def _bytes(message: Message) -> bytes:

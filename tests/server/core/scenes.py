@@ -20,8 +20,8 @@ STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 class Scene:
     """One scheduler, with workers that the test controls. Every invariant is checked after every step."""
 
-    def __init__(self, *nodes: Any, limits: dict[str, int] | None = None) -> None:
-        self.machine = Scheduler("e", limits=limits)
+    def __init__(self, *nodes: Any, limits: dict[str, int] | None = None, is_restoring: bool = False) -> None:
+        self.machine = Scheduler("e", limits=limits, is_restoring=is_restoring)
         self.now = 0.0
         self.effects: list[Any] = []
         self.leases: dict[str, Assign] = {}

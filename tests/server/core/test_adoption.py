@@ -61,6 +61,20 @@ def report(scene: Scene, lease_id: str, item: int = 0, session_id: str = "") -> 
     return scene.ends()
 
 
+def test_a_lease_waits_for_its_worker_only_from_when_all_runs_are_restored() -> None:
+    scene = Scene(is_restoring=True)
+    scene.tell(running("a"), at=0.0)
+    scene.tell(running("b"), at=2 * TTL_S)
+    assert scene.machine.next_deadline() is None
+    scene.tell(messages.RunsRestored(), at=3 * TTL_S)
+    assert scene.machine.next_deadline() == 4 * TTL_S
+    scene.tell(running("c"), at=3 * TTL_S + 1.0)
+    scene.tell(at=4 * TTL_S)
+    assert retried(scene).keys() == {"a", "b"}
+    scene.tell(at=4 * TTL_S + 1.0)
+    assert retried(scene).keys() == {"c"}
+
+
 def test_a_held_lease_is_adopted_with_its_resources_and_ends_once() -> None:
     scene = Scene()
     assert scene.tell(running("a", resources=Resources(3.0)), ready("b", resources=Resources(2.0))) == []

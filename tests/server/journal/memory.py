@@ -110,6 +110,10 @@ class MemoryJournal:
         """See `Journal`."""
         return self._order.last_workflow
 
+    def append_later(self, record: Record) -> None:
+        """See `Journal`."""
+        self.append([record])
+
     @property
     def is_busy(self) -> bool:
         """See `Journal`."""
@@ -295,6 +299,12 @@ class _Reader:
                 if is_wanted and (before is None or number < before) and len(found) < limit:
                     found.append(run.stored())
         return found
+
+    def run_ids(self) -> Iterator[tuple[int, str, str]]:
+        """See `JournalReader`."""
+        with self._lock:
+            found = [(number, run.accepted.tenant, run.accepted.run_id) for number, run in self._runs.items()]
+        yield from found
 
     def workflows(self) -> Iterator[StoredWorkflow]:
         """See `JournalReader`."""

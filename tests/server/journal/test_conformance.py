@@ -107,6 +107,17 @@ def test_results_read_are_noted(journals: Journals) -> None:
         assert reader.ended_runs()[0].is_read
 
 
+def test_a_record_that_nothing_waits_for_is_written_with_the_next_ones(journals: Journals) -> None:
+    journal = journals.open()
+    store(journal, journals.listening, *whole(1))
+    journal.append_later(ResultsRead(1))
+    store(journal, journals.listening, *whole(2))
+    with journal.reader() as reader:
+        assert [(found.run, found.is_read) for found in reader.ended_runs()] == [(2, False), (1, True)]
+    with pytest.raises(ValueError, match="has not ended"):
+        journal.append_later(ResultsRead(3))
+
+
 def test_stored_workflow_is_replaced_by_its_change_and_deleted(journals: Journals) -> None:
     journal = journals.open()
     first = stored_workflow(1, code=(code("f"), code("g")), artifacts=("a",))

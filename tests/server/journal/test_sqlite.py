@@ -19,13 +19,16 @@ from lattice_server.engine.journal_port import (
     JournalError,
     JournalLockedError,
     JournalReader,
+    JournalRetention,
     JournalVersionError,
 )
-from lattice_server.engine.journal_records import Record, RunDeleted
+from lattice_server.engine.journal_records import Record, ResultsRead, RunDeleted
 from lattice_server.journal.failpoints import FAILPOINTS
-from lattice_server.journal.group_commit import Limits
+from lattice_server.journal.group_commit import LATER_RECORDS, Limits
+from lattice_server.journal.record_writer import STEP_ROWS, RecordWriter
 from lattice_server.journal.sqlite import SqliteBackend, SqliteSettings, Sync, open_sqlite
-from lattice_server.journal.sqlite_database import connect
+from lattice_server.journal.sqlite_database import PAGE_BYTES, connect
+from lattice_server.journal.uses import Changes
 from tests.server.journal.listening import Listening, accepted, code, ended, event, store, whole
 
 LARGE = 40_000
@@ -206,6 +209,29 @@ def test_file_shrinks_when_runs_are_deleted(folder: Path) -> None:
     assert after < 2 * 20 * 20_000
 
 
+def test_log_stays_small_while_many_runs_are_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, limit_bytes = 800, 256 * 1024
+    fill(folder, *(record for run in range(1, runs + 1) for record in whole(run, events=9, size=3_000)))
+    steps: list[tuple[int, int]] = []
+    step = RecordWriter.delete_step
+
+    def noted(writer: RecordWriter, changes: Changes) -> int:
+        rows = step(writer, changes)
+        steps.append((rows, (folder / "journal.sqlite-wal").stat().st_size))
+        return rows
+
+    monkeypatch.setattr(RecordWriter, "delete_step", noted)
+    settings = SqliteSettings(Sync.NORMAL, JournalRetention(runs=1), checkpoint_bytes=limit_bytes)
+    listening = Listening()
+    journal = open_sqlite(folder, listening, settings)
+    store(journal, listening, *whole(runs + 1))
+    wait_for(lambda: not query(folder, "SELECT 1 FROM doomed"))
+    journal.close()
+    assert sum(rows for rows, _ in steps) >= 10 * runs
+    assert len(steps) < runs / 10, "one transaction deletes many small runs"
+    assert max(size for _, size in steps) < limit_bytes + 2 * STEP_ROWS * PAGE_BYTES
+
+
 def test_log_is_brought_into_the_file_and_cut_off(folder: Path) -> None:
     listening = Listening()
     journal = open_sqlite(folder, listening, SqliteSettings(checkpoint_bytes=256 * 1024))
@@ -320,3 +346,37 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_record_that_nothing_waits_for_causes_no_commit_until_the_journal_is_closed(folder: Path) -> None:
+    listening, commits = Listening(), [0]
+
+    def count(records: int, size_bytes: int, seconds: float, waited_s: float) -> None:
+        commits.append(records)
+
+    journal = open_sqlite(folder, listening)
+    journal.on_commit = count
+    for run in (1, 2, 3):
+        store(journal, listening, *whole(run))
+    journal.append_later(ResultsRead(2))
+    store(journal, listening, *whole(4, events=0))
+    journal.append_later(ResultsRead(3))
+    journal.close()
+    assert commits[-2:] == [3, 1], "with the next records, and by the end"
+    journal = open_sqlite(folder, Listening())
+    with journal.reader() as reader:
+        assert {found.run for found in reader.ended_runs() if found.is_read} == {2, 3}
+    journal.close()
+
+
+def test_many_records_that_nothing_waits_for_are_committed_by_themselves(folder: Path) -> None:
+    listening = Listening()
+    journal = open_sqlite(folder, listening)
+    store(journal, listening, *whole(1))
+    for _ in range(LATER_RECORDS - 1):
+        journal.append_later(ResultsRead(1))
+    with journal.reader() as reader:
+        assert not reader.ended_runs()[0].is_read
+        journal.append_later(ResultsRead(1))
+        listening.until(lambda: reader.ended_runs()[0].is_read)
+    journal.close()
