@@ -1,6 +1,5 @@
 """How a gateway calls engines: the connections, and what of a request and an answer is passed on."""
 
-import asyncio
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,10 @@ PASSED = ("accept", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
 INSTANCE_HEADER = "x-lattice-instance"
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
+# Of them, those of a request that was not sent.
+NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+# By which a gateway tells another one that it did not pass a request on; 502 if it did and got no answer.
+UNSENT_STATUS = 503
 
 
 def session() -> aiohttp.ClientSession:
@@ -46,25 +49,3 @@ def passed(headers: Mapping[str, str], route: Route) -> dict[str, str]:
 def returned(headers: Mapping[str, str]) -> dict[str, str]:
     """Return those headers of an answer that its caller gets."""
     return {name: headers[name] for name in RETURNED if name in headers}
-
-
-class OpenRequests:
-    """The requests that are being answered, by the key of their caller. Rule: they end with the key."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, set[asyncio.Task[Any]]] = {}
-
-    def add(self, key: str, task: asyncio.Task[Any]) -> None:
-        """Add one, until it has ended."""
-        self._open.setdefault(key, set()).add(task)
-        task.add_done_callback(lambda _: self._discard(key, task))
-
-    def end(self, key: str) -> None:
-        """End those of a key."""
-        for task in self._open.get(key, ()):
-            task.cancel()
-
-    def _discard(self, key: str, task: asyncio.Task[Any]) -> None:
-        self._open[key].discard(task)
-        if not self._open[key]:
-            del self._open[key]

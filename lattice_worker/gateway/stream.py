@@ -68,11 +68,28 @@ class Watch:
         choices = found.get("choices")
         self.usage.chunks += bool(choices) or str(found.get("type", "")).endswith(".delta")
         for choice in choices if isinstance(choices, list) else ():
-            reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+            reason = _reason(choice)
             if reason == ABORTED:
                 self.is_aborted, self.is_complete = True, False
             elif reason:
                 self.is_complete = True
+
+
+def is_aborted(whole: bytes) -> bool:
+    """Whether an answer that is no stream says that its engine gave up."""
+    if ABORTED.encode() not in whole:
+        return False
+    try:
+        found = json.loads(whole)
+    except ValueError:
+        return False
+    choices = found.get("choices") if isinstance(found, dict) else None
+    return isinstance(choices, list) and any(_reason(choice) == ABORTED for choice in choices)
+
+
+def _reason(choice: object) -> object:
+    """Return the reason to finish of a choice; None for none."""
+    return choice.get("finish_reason") if isinstance(choice, dict) else None
 
 
 def error_event(message: str, code: str) -> bytes:

@@ -43,7 +43,6 @@ class Gateway:
         self._routing = Routing()
         # By key, and then by the gateway that passes the key on; "" for a request of this node.
         self._services: OrderedDict[str, dict[str, str]] = OrderedDict()
-        self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
         self._permits = Permits(context.ask_async)
         self._reports = Reports()
         self._identity = Identity()
@@ -57,8 +56,8 @@ class Gateway:
         self._identity.take(started["certificate"], started["authority"])
         self._proxy.to_gateways = self._identity.context(is_server=False)
         runners = [
-            web.AppRunner(door.application(), access_log=None, handler_cancellation=True)
-            for door in (self._proxy, self._relay)
+            web.AppRunner(one.door.application(), access_log=None, handler_cancellation=True)
+            for one in (self._proxy, self._relay)
         ]
         for runner in runners:
             await runner.setup()
@@ -104,12 +103,10 @@ class Gateway:
 
     def _take(self, news: dict[str, Any]) -> None:
         self._routing.update(news["services"])
-        self._news.set()
-        self._news = asyncio.Event()
         for key in news["revoked"]:
             self._services.pop(key, None)
-            self._proxy.end_requests(key)
-            self._relay.end_requests(key)
+            self._proxy.door.end_requests(key)
+            self._relay.door.end_requests(key)
 
     async def _service_of(self, key: str, gateway: str = "") -> str | None:
         """Return the service that a key is for, which a gateway may pass on; None when it is not valid here."""
@@ -129,7 +126,7 @@ class Gateway:
         try:
             async with asyncio.timeout(WAIT_S):
                 while True:
-                    news = self._news
+                    news = self._routing.news
                     await context.ask_async("lattice/gateway.wait", {"name": service})
                     route = self._routing.find(service)
                     if route is not None and (route.targets or route.is_away):
