@@ -7,6 +7,7 @@ Rule: a key that the server has ended is refused from then on, and its open requ
 
 import asyncio
 import logging
+import os
 import socket
 from collections import OrderedDict
 from ipaddress import ip_address
@@ -29,6 +30,8 @@ HOST = "127.0.0.1"
 # Keys that no request of this node could ever have are remembered too, within bounds.
 MAX_KEYS = 10_000
 WAIT_S = 600.0
+# Has the port for gateways of other nodes, if the worker was given one.
+PORT_VARIABLE = "LATTICE_GATEWAY_PORT"
 
 
 def serve() -> dict[str, Any]:
@@ -46,6 +49,7 @@ class Gateway:
         self._permits = Permits(context.ask_async)
         self._reports = Reports()
         self._identity = Identity()
+        self._port = int(os.environ.get(PORT_VARIABLE, "0"))
         self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits, self._reports.note)
         self._relay = Relay(self._routing, self._service_of)
 
@@ -85,14 +89,18 @@ class Gateway:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _listen_to_gateways(self, runner: web.AppRunner, host: str) -> str:
-        """Serve gateways of other nodes at an address; return it, or nothing when this node does not have it."""
+        """Serve gateways of other nodes at an address; return it, or nothing when that is not possible.
+
+        A port that was set is open in firewalls, and another one would not be: it is not replaced by a free one.
+        """
         try:
             address = ip_address(host)
             if address.is_unspecified:
                 raise ValueError("the node has no address of its own")
-            listener = _listening(str(address))
+            listener = _listening_at(str(address), self._port)
         except (OSError, ValueError) as error:
-            log.warning("gateways of other nodes cannot reach this one: %s: %s", host, error)
+            where = f"{host} port {self._port}" if self._port else host
+            log.warning("gateways of other nodes cannot reach this one: %s: %s", where, error)
             return ""
         keep_alive(listener)
         return await self._listen(runner, listener, ssl_context=self._identity.context(is_server=True))
@@ -140,11 +148,14 @@ class Gateway:
             raise Refusal(503, "model_not_ready", text, retry_after_s=10) from None
 
 
-def _listening(host: str, earlier: str = "") -> socket.socket:
+def _listening(host: str, earlier: str) -> socket.socket:
     """Return a socket that listens where an earlier gateway did, or else at a free port. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    port = int(earlier.rpartition(":")[2] or 0)
     try:
-        return socket.create_server((host, port), family=family)
+        return _listening_at(host, int(earlier.rpartition(":")[2] or 0))
     except OSError:
-        return socket.create_server((host, 0), family=family)
+        return _listening_at(host, 0)
+
+
+def _listening_at(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at a port, or at a free one for 0. Raises OSError."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

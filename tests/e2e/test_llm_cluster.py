@@ -19,7 +19,7 @@ from tests.e2e.test_budgets import ask_many, check_use
 from tests.e2e.test_llms import COMMAND, chat
 
 PROVIDER = str(Path(__file__).parent / "providers.py")
-PROVIDER_PORT, REQUESTS = 8123, 60
+PROVIDER_PORT, REQUESTS, PORT = 8123, 60, 7443
 # A program that asks a gateway without a certificate, and prints the answer.
 ANONYMOUS = """
 import socket, ssl, sys
@@ -125,6 +125,19 @@ def test_task_reaches_a_model_of_another_node_through_both_gateways(two: Cluster
     # Of the two ports of a gateway only the one for gateways is open to other machines, and it wants a certificate.
     (peer,) = [one for one in two.machines[0].listening() if one.startswith(two.machines[0].address)]
     assert two.head.run(sys.executable, "-c", ANONYMOUS, *peer.split(":")).strip() == "b''"
+
+
+def test_gateways_call_each_other_at_the_port_of_their_workers(cluster_of_two: Cluster) -> None:
+    machines = dict(zip("ab", cluster_of_two.machines, strict=True))
+    for name, machine in machines.items():
+        machine.kill_all()
+        cluster_of_two.join(machine, name, "--num-cpus", "2", "--gateway-port", str(PORT))
+    check_model_of_another_node(cluster_of_two)
+    for machine in machines.values():
+        open_ports = [one for one in machine.listening() if one.startswith(machine.address)]
+        assert open_ports == [f"{machine.address}:{PORT}"]
+        machine.kill_all()
+    cluster_of_two.client.services.stop("tiny", timeout=WAIT_S)
 
 
 def test_instances_of_both_nodes_answer_tasks_of_one(two: Cluster, room: Room) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 
@@ -15,6 +16,7 @@ from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.relay import Relay
 from lattice_worker.gateway.routing import Routing
+from lattice_worker.gateway.task import Gateway
 from tests.worker.gateways import (
     BODY,
     SERVICE,
@@ -37,8 +39,13 @@ AUTHORITY = Authority()
 
 def identity(name: str, authority: Authority = AUTHORITY) -> Identity:
     made = Identity()
-    made.take(authority.sign(made.request, name), authority.certificate)
+    certify(made, name, authority)
     return made
+
+
+def certify(made: Identity, name: str, authority: Authority = AUTHORITY) -> None:
+    """Give the identity of a gateway its certificate."""
+    made.take(authority.sign(made.request, name), authority.certificate)
 
 
 class Pair(Servers):
@@ -204,6 +211,24 @@ def test_gateway_takes_no_request_without_a_certificate_and_a_key_of_the_node_th
         assert len(pair.passed_by) == asked
 
     scenario(run)
+
+
+def test_gateway_takes_no_requests_of_other_nodes_when_its_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> str:
+        gateway = Gateway()
+        certify(gateway._identity, NEAR)
+        runner = web.AppRunner(web.Application())
+        await runner.setup()
+        try:
+            return await gateway._listen_to_gateways(runner, "127.0.0.1")
+        finally:
+            await runner.cleanup()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("LATTICE_GATEWAY_PORT", str(port))
+        assert asyncio.run(run()) == ""
+    assert asyncio.run(run()) == f"127.0.0.1:{port}"
 
 
 def test_authority_signs_no_text_that_is_not_a_request_signed_by_its_key() -> None:
