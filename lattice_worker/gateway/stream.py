@@ -58,7 +58,8 @@ class Watch:
             if isinstance(found, dict):
                 self._note_data(found)
                 reports = self.usage.note(found)
-                is_shown = not (self._hides_usage and reports and not found.get("choices"))
+                # The last event of the responses API reports the use too, and every caller needs it.
+                is_shown = not (self._hides_usage and reports and found.get("choices") == [])
         return is_shown
 
     def _note_data(self, found: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ def test_stream_is_complete_by_its_reason_however_it_is_split(
     [
         (event(type="response.output_text.delta", delta="x"), False),
         (event(type="response.completed"), True),
+        (event(type="response.completed", response={"usage": {"input_tokens": 1, "output_tokens": 2}}), True),
         (event(error={"message": "too long"}), True),
         (b": waiting\n\n", False),
         (b"data: [DONE]\n\n", False),
@@ -63,9 +64,10 @@ def test_stream_is_complete_by_its_reason_however_it_is_split(
     ],
 )
 def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_complete: bool) -> None:
-    watch = Watch()
-    assert b"".join(watch.feed(sent)) == sent
-    assert watch.is_complete is is_complete
+    for hides_usage in (False, True):
+        watch = Watch(hides_usage=hides_usage)
+        assert b"".join(watch.feed(sent)) == sent
+        assert watch.is_complete is is_complete
 
 
 def chosen(routing: Routing, without: Collection[Target] = ()) -> str:
