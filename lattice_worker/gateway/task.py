@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lattice_worker import context
+from lattice_worker import context, secrecy
 from lattice_worker.gateway.identity import Identity, keep_alive
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
@@ -36,6 +36,7 @@ PORT_VARIABLE = "LATTICE_GATEWAY_PORT"
 
 def serve() -> dict[str, Any]:
     """Run the gateway to its end; the server calls it by its name."""
+    secrecy.keep_secrets()  # It has the keys of providers.
     return asyncio.run(Gateway().run())
 
 
