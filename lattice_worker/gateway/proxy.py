@@ -83,8 +83,8 @@ class Proxy:
                 pass
             finally:
                 if sent.limited is None:
-                    estimates.learn(estimate, sent.usage)
                     self._permits.end(permit, sent.usage.tokens(estimate))
+                    estimates.learn(estimate, sent.usage)
                 else:
                     self._permits.refuse(permit, sent.limited.retry_after_s)
         raise AssertionError("the caller gets the last answer")

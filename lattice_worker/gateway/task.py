@@ -8,6 +8,7 @@ Rule: a key that the server has ended is refused from then on, and its open requ
 import asyncio
 import logging
 import os
+import resource
 import socket
 from collections import OrderedDict
 from ipaddress import ip_address
@@ -27,9 +28,10 @@ from lattice_worker.gateway.routing import Routing
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-# Keys that no request of this node could ever have are remembered too, within bounds.
-MAX_KEYS = 10_000
+MAX_KEYS = 10_000  # That are remembered.
 WAIT_S = 600.0
+# How many keys are asked for at once: an attempt may have 1,000 questions without an answer, and one more ends it.
+MAX_ASKED = 100
 # Has the port for gateways of other nodes, if the worker was given one.
 PORT_VARIABLE = "LATTICE_GATEWAY_PORT"
 
@@ -37,6 +39,9 @@ PORT_VARIABLE = "LATTICE_GATEWAY_PORT"
 def serve() -> dict[str, Any]:
     """Run the gateway to its end; the server calls it by its name."""
     secrecy.keep_secrets()  # It has the keys of providers.
+    # A request has two connections.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return asyncio.run(Gateway().run())
 
 
@@ -47,6 +52,8 @@ class Gateway:
         self._routing = Routing()
         # By key, and then by the gateway that passes the key on; "" for a request of this node.
         self._services: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._starts: dict[str, asyncio.Task[str]] = {}  # By service; what all requests to it wait for.
+        self._asking = asyncio.Semaphore(MAX_ASKED)
         self._permits = Permits(context.ask_async)
         self._reports = Reports()
         self._identity = Identity()
@@ -119,34 +126,46 @@ class Gateway:
 
     async def _service_of(self, key: str, gateway: str = "") -> str | None:
         """Return the service that a key is for, which a gateway may pass on; None when it is not valid here."""
-        known = self._services.get(key, {})
-        if gateway not in known:
+        if (known := self._services.get(key, {}).get(gateway)) is not None:
+            return known
+        async with self._asking:
             found = await context.ask_async("lattice/gateway.key", {"key": key, "gateway": gateway})
-            if "service" not in found:
-                return None
-            known = self._services.setdefault(key, {})
-            known[gateway] = found["service"]
+        service: str | None = found.get("service")
+        if service is not None:
+            self._services.setdefault(key, {})[gateway] = service
             if len(self._services) > MAX_KEYS:
                 self._services.popitem(last=False)
-        return known[gateway]
+        return service
 
     async def _wait(self, service: str) -> None:
         """Wait until a service has an instance that is ready. Raises Refusal."""
+        start = self._starts.get(service)
+        if start is None:
+            start = self._starts[service] = asyncio.create_task(self._start(service))
+            start.add_done_callback(lambda _: self._starts.pop(service))
         try:
             async with asyncio.timeout(WAIT_S):
-                while True:
-                    news = self._routing.news
-                    await context.ask_async("lattice/gateway.wait", {"name": service})
-                    route = self._routing.find(service)
-                    if route is not None and (route.targets or route.is_away):
-                        return
-                    # The routes that the answer speaks of are on their way.
-                    await news.wait()
-        except context.QuestionError as error:
-            raise Refusal(503, "model_failed", str(error)) from error
+                # Other requests wait for it too.
+                failure = await asyncio.shield(start)
         except TimeoutError:
             text = f"no instance was ready within {WAIT_S:g} s"
             raise Refusal(503, "model_not_ready", text, retry_after_s=10) from None
+        if failure:
+            raise Refusal(503, "model_failed", failure)
+
+    async def _start(self, service: str) -> str:
+        """Have a service start if it needs to; return nothing once an instance is ready, or why none can be."""
+        while True:
+            news = self._routing.news
+            try:
+                await context.ask_async("lattice/gateway.wait", {"name": service})
+            except context.QuestionError as error:
+                return str(error)
+            route = self._routing.find(service)
+            if route is not None and (route.targets or route.is_away):
+                return ""
+            # The routes that the answer speaks of are on their way.
+            await news.wait()
 
 
 def _listening(host: str, earlier: str) -> socket.socket:

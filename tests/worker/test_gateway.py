@@ -312,6 +312,18 @@ def test_estimates_learn_from_answers() -> None:
     assert estimates.of(picture, "", None).prompt == 1000
 
 
+def test_numbers_beyond_all_bounds_are_counted_as_a_number_that_can_be_sent() -> None:
+    estimates, huge = Estimates(), 10**4000
+    body = {"prompt": "x" * 400, "max_tokens": huge, "n": huge}
+    estimate = estimates.of(body, "/v1/completions", None)
+    usage = Usage()
+    assert usage.note({"usage": {"prompt_tokens": huge, "completion_tokens": huge, "total_tokens": huge}})
+    estimates.learn(estimate, usage)
+    for tokens in (estimate.tokens, usage.tokens(estimate), estimates.of({"prompt": "x"}, "", None).tokens):
+        assert tokens is not None
+        assert 0 < float(tokens) <= 2**42
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "body", "expected"),
     [
