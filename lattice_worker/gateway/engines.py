@@ -1,13 +1,14 @@
 """How a gateway calls engines: the connections, and what of a request and an answer is passed on."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import aiohttp
 
 from lattice_worker.gateway.identity import keep_alive
 from lattice_worker.gateway.routing import Route
+from lattice_worker.gateway.stream import Watch
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 CONNECT_S = 5.0
@@ -20,6 +21,13 @@ REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 # By which a gateway tells another one that it did not pass a request on; 502 if it did and got no answer.
 UNSENT_STATUS = 503
+
+
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # Of an answer that is no stream.
+
+
+class AnswerTooLargeError(Exception):
+    """An answer is larger than a gateway keeps."""
 
 
 def session() -> aiohttp.ClientSession:
@@ -49,3 +57,20 @@ def passed(headers: Mapping[str, str], route: Route) -> dict[str, str]:
 def returned(headers: Mapping[str, str]) -> dict[str, str]:
     """Return those headers of an answer that its caller gets."""
     return {name: headers[name] for name in RETURNED if name in headers}
+
+
+async def whole_of(answer: aiohttp.ClientResponse) -> bytes:
+    """Return a whole answer. Raises AnswerTooLargeError."""
+    whole = bytearray()
+    async for chunk in answer.content.iter_any():
+        whole += chunk
+        if len(whole) > MAX_ANSWER_BYTES:
+            raise AnswerTooLargeError(f"over {MAX_ANSWER_BYTES} bytes")
+    return bytes(whole)
+
+
+async def events_of(answer: aiohttp.ClientResponse, watch: Watch) -> AsyncIterator[Iterator[bytes]]:
+    """Yield the events of each chunk of a stream, and at its end the last one."""
+    async for chunk in answer.content.iter_any():
+        yield watch.feed(chunk)
+    yield watch.end()

@@ -15,7 +15,17 @@ import aiohttp
 from aiohttp import web
 
 from lattice_worker.gateway.door import BEGUN, KEY, SERVICE, Door
-from lattice_worker.gateway.engines import INSTANCE_HEADER, NOT_SENT, REQUEST_ERRORS, UNSENT_STATUS, passed, returned
+from lattice_worker.gateway.engines import (
+    INSTANCE_HEADER,
+    NOT_SENT,
+    REQUEST_ERRORS,
+    UNSENT_STATUS,
+    AnswerTooLargeError,
+    events_of,
+    passed,
+    returned,
+    whole_of,
+)
 from lattice_worker.gateway.permits import ImpossibleError, Permits
 from lattice_worker.gateway.refusals import MAX_REQUEST_BYTES, LimitedError, Refusal
 from lattice_worker.gateway.routing import Routing, Target
@@ -168,10 +178,12 @@ class Proxy:
                 found = returned(answer.headers) | {INSTANCE_HEADER: instance_id}
                 if answer.content_type == "text/event-stream":
                     return await self._stream(request, answer, found, target, sent)
-                whole = await answer.read()
+                whole = await whole_of(answer)
                 if is_aborted(whole):
                     raise ElsewhereError(f"{instance_id}: {STOPPED}", is_lost=not target.is_outside)
                 sent.note_whole(answer.status, answer.headers, whole)
+        except AnswerTooLargeError as error:
+            raise Refusal(502, "answer_too_large", f"the answer of {instance_id} has {error}") from error
         except REQUEST_ERRORS as error:
             why, was_sent = f"{instance_id}: {type(error).__name__}: {error}", not isinstance(error, NOT_SENT)
             raise ElsewhereError(why, is_lost=not target.is_outside, was_sent=was_sent) from error
@@ -189,8 +201,8 @@ class Proxy:
         watch, response, why, is_lost = Watch(hides_usage=sent.hides_usage), None, "", False
         sent.usage = watch.usage
         try:
-            async for chunk in answer.content.iter_any():
-                for event in watch.feed(chunk):
+            async for events in events_of(answer, watch):
+                for event in events:
                     if response is None:
                         response = web.StreamResponse(status=answer.status, headers=headers)
                         response.headers["x-accel-buffering"] = "no"

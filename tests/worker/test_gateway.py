@@ -34,19 +34,28 @@ from tests.worker.gateways import (
 )
 
 
-@given(st.lists(st.text(max_size=20), max_size=5), st.sampled_from(["stop", "length", "abort", None]), st.data())
+@given(
+    st.lists(st.text(max_size=20), max_size=5),
+    st.sampled_from(["stop", "length", "abort", None]),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.data(),
+)
 def test_stream_is_complete_by_its_reason_however_it_is_split(
-    words: list[str], reason: str | None, data: st.DataObject
+    words: list[str], reason: str | None, line_end: bytes, has_end: bool, data: st.DataObject
 ) -> None:
     whole = [word(text) for text in words] + ([word("", reason)] if reason else []) + [b"data: [DONE]\n\n"]
-    sent = b"".join(whole)
+    sent = b"".join(whole).replace(b"\n", line_end)
+    if not has_end:
+        sent = sent.removesuffix(line_end * 2)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=6)))
     watch, passed = Watch(), b""
     for start, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
         passed += b"".join(watch.feed(sent[start:end]))
+    passed = (passed + b"".join(watch.end())).replace(b"\r\n", b"\n")
     assert watch.is_complete is (reason in {"stop", "length"})
     assert watch.is_aborted is (reason == "abort")
-    expected = sent if reason != "abort" else b"".join(word(text) for text in words)
+    expected = b"".join(whole) if reason != "abort" else b"".join(word(text) for text in words)
     assert passed == expected
 
 
@@ -68,6 +77,24 @@ def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_compl
         watch = Watch(hides_usage=hides_usage)
         assert b"".join(watch.feed(sent)) == sent
         assert watch.is_complete is is_complete
+
+
+def test_stream_of_several_choices_is_complete_when_each_has_a_reason_to_finish() -> None:
+    def choice(index: int, reason: str | None = None) -> bytes:
+        return event(choices=[{"index": index, "delta": {"content": "x"}, "finish_reason": reason}])
+
+    watch, states = Watch(), []
+    for sent in (choice(0), choice(1), choice(0, "stop"), choice(1, "length"), choice(2), choice(2, "stop")):
+        list(watch.feed(sent))
+        states.append(watch.is_complete)
+    assert states == [False, False, False, True, False, True]
+
+
+def test_part_of_an_event_at_the_end_of_a_stream_is_not_passed_on() -> None:
+    watch = Watch()
+    assert list(watch.feed(word("a", "stop")[:-9])) == []
+    assert list(watch.end()) == []
+    assert not watch.is_complete
 
 
 def chosen(routing: Routing, without: Collection[Target] = ()) -> str:
@@ -227,6 +254,58 @@ def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
         # The first got no answer, since its caller was gone; the second was told why its engine was stopped.
         answer = task.result()
         assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
+
+    scenario(run)
+
+
+def test_slow_reader_holds_up_its_engine_until_its_key_ends() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        sent, ended = 0, asyncio.Event()
+
+        async def endless(request: web.Request) -> web.StreamResponse:
+            nonlocal sent
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            try:
+                while True:
+                    await response.write(word("x" * 100_000))
+                    sent += 1
+            finally:
+                ended.set()
+
+        url = await world.start(endless)
+        async with client.post(f"{url}/chat/completions", json=BODY | {"stream": True}):
+            before = -1
+            while sent != before:  # Until the buffers on the way are full.
+                before = sent
+                await asyncio.sleep(0.2)
+            assert 0 < sent < 1000
+            world.proxy.door.end_requests("key")
+            await ended.wait()
+
+    scenario(run)
+
+
+def test_answer_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        async def large(_: web.Request) -> web.Response:
+            return web.Response(body=b"x" * 2000, content_type="application/json")
+
+        monkeypatch.setattr("lattice_worker.gateway.engines.MAX_ANSWER_BYTES", 1000)
+        url = await world.start(large)
+        async with client.post(f"{url}/chat/completions", json=BODY) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (502, "answer_too_large")
+
+    scenario(run)
+
+
+def test_gateway_serves_after_headers_that_are_too_large() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        url = f"{await world.start(echo)}/chat/completions"
+        async with client.post(url, json=BODY, headers={"x-long": "x" * 100_000}) as answer:
+            assert answer.status == 400
+        async with client.post(url, json=BODY) as answer:
+            assert answer.status == 200
 
     scenario(run)
 
