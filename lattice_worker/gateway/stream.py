@@ -42,11 +42,8 @@ class Watch:
 
         Raises EventError.
         """
-        text = self._rest + chunk
-        # Of a line end that is cut in two, the first half waits.
-        held = text[-1:] if text.endswith(b"\r") else b""
-        *events, rest = text.removesuffix(held).replace(b"\r\n", b"\n").split(b"\n\n")
-        self._rest = rest + held
+        # Joined first: a chunk may end within a line end.
+        *events, self._rest = (self._rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise EventError(f"an event has over {MAX_EVENT_BYTES} bytes")
         for event in events:

@@ -90,6 +90,13 @@ def test_stream_of_several_choices_is_complete_when_each_has_a_reason_to_finish(
     assert states == [False, False, False, True, False, True]
 
 
+def test_events_are_the_same_wherever_a_stream_with_long_line_ends_is_cut() -> None:
+    sent = (word("a") + word("b", "stop")).replace(b"\n", b"\r\n")
+    for cut in range(len(sent)):
+        watch = Watch()
+        assert [*watch.feed(sent[:cut]), *watch.feed(sent[cut:])] == [word("a"), word("b", "stop")]
+
+
 def test_part_of_an_event_at_the_end_of_a_stream_is_not_passed_on() -> None:
     watch = Watch()
     assert list(watch.feed(word("a", "stop")[:-9])) == []

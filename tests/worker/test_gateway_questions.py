@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lattice_worker import context
+from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.refusals import Refusal
 from lattice_worker.gateway.task import MAX_ASKED, Gateway
 
@@ -81,5 +82,42 @@ def test_guessed_keys_are_asked_for_some_at_a_time(server: Server) -> None:
         server.answering.set()
         assert await asyncio.gather(*asking) == [None] * REQUESTS
         assert (server.most, len(server.asked)) == (MAX_ASKED, REQUESTS)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_request_whose_caller_leaves_around_its_permit_ends_once(
+    turns: int,
+) -> None:
+    async def run() -> None:
+        permitted: asyncio.Queue[list[str]] = asyncio.Queue()
+        ended: list[object] = []
+
+        async def ask(name: str, value: Any = None) -> dict[str, Any]:
+            if name == "lattice/gateway.permits":
+                return {"permitted": await permitted.get()}
+            ended.extend(value["ended"])
+            return {"refused": {}}
+
+        permits = Permits(ask)
+
+        async def request() -> None:
+            name = await permits.acquire("tiny", 10)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                permits.end(name, 7)
+
+        serving, asking = asyncio.create_task(permits.serve()), asyncio.create_task(request())
+        await asyncio.sleep(0.01)
+        permitted.put_nowait(["1"])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.sleep(0.01)
+        assert asking.cancelled()
+        assert len(ended) == 1
+        serving.cancel()
 
     asyncio.run(run())
