@@ -127,13 +127,18 @@ def _remark(name: str, text: str) -> Iterator[str]:
     headers = {"authorization": f"Bearer {model.api_key}", "content-type": "application/json"}
     request = urllib.request.Request(f"{model.base_url}/chat/completions", json.dumps(body).encode(), headers)
     yield f"\n{name} says: "
+    is_whole = False
     with urllib.request.urlopen(request) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(event["error"]["message"])
-                yield from (choice["delta"].get("content") or "" for choice in event["choices"])
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+                    is_whole = bool(choice.get("finish_reason"))
+    if not is_whole:
+        raise RuntimeError("the connection broke")
 
 
 def graph(model: Model) -> "StateGraph[Any]":
