@@ -24,7 +24,7 @@ check: lint
 
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
-test-all: setup postgres prometheus
+test-all: setup postgres prometheus models
 	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
@@ -112,6 +112,15 @@ sandbox-image: $(VENV)/.stamp
 .PHONY: postgres
 postgres:
 	scripts/install_missing.sh postgres
+
+# Tests of models run the server of transformers with a tiny model, on the CPU. Where it is not installed they are skipped.
+.PHONY: models
+models: .venv-models/.stamp
+
+.venv-models/.stamp:
+	$(PYTHON) -m venv .venv-models
+	.venv-models/bin/pip install -q --no-compile "torch==2.13.0" "transformers[serving]>=5.24,<6"
+	touch $@
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp: | $(VENV)/.stamp

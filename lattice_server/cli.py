@@ -48,6 +48,12 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     help="Have Ray start the workers, or the server itself, on this machine.",
 )
 @click.option("--node-ip", metavar="ADDRESS", help="The address Ray listens on; by default that of the server.")
+@click.option(
+    "--gateway-port",
+    type=click.IntRange(1, 65_535),
+    envvar="LATTICE_GATEWAY_PORT",
+    help="The port at which this node's gateway to models listens for other nodes; by default a free one.",
+)
 @click.option("--ray-address", metavar="HOST:PORT", help="Place workers in this Ray cluster instead of starting Ray.")
 @click.option(
     "--ray-workers",
@@ -134,7 +140,7 @@ def start(**given: Any) -> None:
         )
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    config = flags.telemetry(flags.logging(_read(flags.config_file)))
+    config = flags.gateways(flags.telemetry(flags.logging(_read(flags.config_file))))
     logs.set_up(config.log_format, config.log_level)
     _serve(_config(flags, config))
 

@@ -74,6 +74,8 @@ class ServerConfig:
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.
 
+    The gateways of workers beside the server listen for those of other nodes at `gateway_port`, with 0 at a free one.
+
     `metrics` are served to Prometheus at `metrics_address`, or sent by OTLP, or printed. `traces` are sent by OTLP, or
     printed.
 
@@ -93,6 +95,7 @@ class ServerConfig:
     executor: str = bounded("ray", is_flag=True)
     num_cpus: float | None = None
     num_gpus: int | None = None
+    gateway_port: int = bounded(0, most=65_535)
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)

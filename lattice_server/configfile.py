@@ -80,6 +80,8 @@ def _checked(key: str, name: str, value: Any) -> Any:
         return value
     if value < bounds.least:
         raise ConfigError(f"{name} must be from {bounds.least}: clients may send that much")
+    if value > bounds.most and not bounds.is_positive:
+        raise ConfigError(f"{name} must be at most {bounds.most}, not {value!r}")
     if bounds.is_positive and not 0 < value <= bounds.most:
         limit = f" and at most {bounds.most}" if bounds.most < math.inf else ""
         raise ConfigError(f"{name} must be above 0{limit}, not {value!r}")

@@ -13,6 +13,8 @@ from lattice_server.config import ServerConfig
 from lattice_server.core.frozen import frozen
 
 MIB = 1024 * 1024
+# Workers, and the Ray nodes that start some, inherit it.
+GATEWAY_PORT = "LATTICE_GATEWAY_PORT"
 
 
 @frozen
@@ -28,6 +30,7 @@ class Flags:
     port: int
     executor: str
     node_ip: str | None
+    gateway_port: int | None
     ray_address: str | None
     ray_workers: int
     num_cpus: float | None
@@ -56,6 +59,13 @@ class Flags:
         """Return a configuration with the flags of the log."""
         level = self.log_level or ("info" if self.verbose else config.log_level)
         return replace(config, log_level=level, log_format=self.log_format or config.log_format)
+
+    def gateways(self, config: ServerConfig) -> ServerConfig:
+        """Return a configuration with the port of gateways, which workers that are started here find."""
+        port = self.gateway_port or config.gateway_port
+        if port:
+            os.environ[GATEWAY_PORT] = str(port)
+        return replace(config, gateway_port=port)
 
     def telemetry(self, config: ServerConfig) -> ServerConfig:
         """Return a configuration with the flags of metrics and traces. Raises click.UsageError."""

@@ -24,6 +24,7 @@ def become_worker(flags: Flags) -> NoReturn:
     # Not by flags: all users of this machine may read a command line.
     files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
     os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
+    flags.gateways(ServerConfig())
     if flags.insecure:
         os.environ["LATTICE_INSECURE"] = "1"
     with secured():

@@ -24,6 +24,7 @@ from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.egress.addresses import networks_of
 from lattice_worker.node_join import Joiner
+from lattice_worker.zygotes import GATEWAY_PORT
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = Path("/dev/shm")
@@ -31,6 +32,7 @@ MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most 
 STORE_PREFIX = "lattice-worker-"
 NEW_S = 10.0
 DRAIN_MARGIN_S = 5.0
+MAX_PORT = 65_535
 
 
 def main() -> None:
@@ -98,6 +100,7 @@ def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConf
         engine=EngineConfig.of(os.environ),
         named_group=os.environ.get("LATTICE_CGROUP"),
         egress_networks=_networks(os.environ.get("LATTICE_EGRESS_NETWORKS", "")),
+        gateway_port=_port(os.environ.get(GATEWAY_PORT, "")),
     )
 
 
@@ -108,6 +111,15 @@ def _networks(text: str) -> str:
     except ValueError as error:
         sys.exit(f"lattice_worker: LATTICE_EGRESS_NETWORKS must be networks such as 10.1.0.0/16, by commas: {error}")
     return text
+
+
+def _port(text: str) -> int:
+    """Return a port; 0 for an empty text. Exits when it is none: a firewall would keep other gateways out."""
+    if not text:
+        return 0
+    if not text.isdecimal() or not 0 < int(text) <= MAX_PORT:
+        sys.exit(f"lattice_worker: {GATEWAY_PORT} must be a port from 1 to {MAX_PORT}, not {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ class WorkerConfig:
         engine: the container engine of the isolation level `docker`.
         named_group: the control group below which those of sandboxes are made; None for one that systemd delegates,
             empty for none.
+        gateway_port: the port at which the gateway listens for those of other nodes; 0 for a free one.
         egress_networks: networks that are not public, and that tasks may connect to when they list servers there.
         tls_ca, tls_cert, tls_key: PEM files.
     """
@@ -43,4 +44,5 @@ class WorkerConfig:
     host_fd: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     egress_networks: str = ""
+    gateway_port: int = 0
     named_group: str | None = None

@@ -7,6 +7,7 @@ in a process that other processes of the user may not look into.
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import MutableMapping, Sequence
 
@@ -19,7 +20,13 @@ PR_SET_DUMPABLE = 4
 def hide() -> None:
     """Let no process without privileges read this one's memory, environment or descriptors, or trace it."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        sys.exit("lattice_worker: this process cannot be hidden from others, so it takes no token")
+        sys.exit("lattice_worker: this process cannot be hidden from others, so it takes no secret")
+
+
+def keep_secrets() -> None:
+    """Hide this process, and let neither it nor its children leave a core file, before it takes secrets."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hide()
 
 
 def read_token(descriptor: int) -> str:

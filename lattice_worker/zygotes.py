@@ -16,16 +16,20 @@ from lattice_worker.zygote import Process, Zygote
 
 # Names the worker to all processes that its tasks start; it is how they are found when the worker was killed.
 MARK = "LATTICE_WORKER_ID"
+# Tells the gateway of the node at which port it listens for other gateways.
+GATEWAY_PORT = "LATTICE_GATEWAY_PORT"
 
 
 class Zygotes:
     """Forks processes, from zygotes that are started when needed. Clients in tasks dial `server`, if it is given.
 
+    The gateway listens for other gateways at `gateway_port`, if it is given.
     Sandboxes have a zygote of their own: its children inherit its memory, which must hold no secrets.
     """
 
-    def __init__(self, server: str = "") -> None:
-        self._environment = _environment() | ({"LATTICE_TARGET": server} if server else {})
+    def __init__(self, server: str = "", gateway_port: int = 0) -> None:
+        given = {"LATTICE_TARGET": server, GATEWAY_PORT: str(gateway_port or "")}
+        self._environment = _environment() | {name: value for name, value in given.items() if value}
         self._current: dict[bool, Zygote] = {}  # By whether it is the one of the sandboxes.
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()

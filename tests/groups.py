@@ -17,6 +17,7 @@ FIRST = (
     "tests/e2e/test_cluster_on_ray.py",
     STARTS_RAY,
     ON_RAY,
+    "tests/e2e/test_transformers.py",
     "tests/e2e/test_cluster.py",
     "tests/e2e/test_security.py",
     "tests/worker/test_attempt_executor.py",

@@ -33,7 +33,7 @@ OTHER_FLAGS = {
     "examples/agent_loop/README.md": {"--refuse"},
     "examples/go/README.md": {"--template"},
     "examples/nodejs-worker/README.md": {"--functions", "--give-up"},
-    "examples/research_agent/README.md": {"--refuse"},
+    "examples/research_agent/README.md": {"--model", "--refuse"},
 }
 
 

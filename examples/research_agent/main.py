@@ -1,17 +1,20 @@
 """A LangGraph agent whose model and tools run on Lattice: it searches, queries, asks for approval, and reports.
 
-    lattice run examples/research_agent/main.py [--refuse]
+    lattice run examples/research_agent/main.py [--refuse] [--model FOLDER]
 
 The model is a small class that follows a fixed plan and streams its answer word by word, so that the example needs no
-key. The graph, its checkpoints and the question for approval are LangGraph's, in this process.
+key. With `--model` a language model of that folder, served by two instances, adds a remark to the answer. The graph,
+its checkpoints and the question for approval are LangGraph's, in this process.
 """
 
+import argparse
 import csv
 import json
 import re
 import sqlite3
-import sys
+import urllib.request
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
 from langgraph.types import Command, interrupt
 
-from lattice_client import LangGraphClient
+from lattice_client import LangGraphClient, LatticeClient, context
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WEATHER = ROOT / "examples" / "agent" / "data" / "seattle-weather.csv"
@@ -67,6 +70,7 @@ class Model(BaseChatModel):
 
     folder: str
     source: str
+    served: str = ""  # The name of the language model that adds a remark.
 
     @property
     def _llm_type(self) -> str:
@@ -107,23 +111,43 @@ class Model(BaseChatModel):
             for number, call in enumerate(answer.tool_calls)
         ]
         pieces: list[Any] = re.findall(r"\S+\s*", str(answer.content)) or [""]
-        for piece in pieces:
+        remark = _remark(self.served, str(answer.content)) if self.served and not calls else ()
+        for piece in chain(pieces, remark):
             chunk = ChatGenerationChunk(message=AIMessageChunk(piece, tool_call_chunks=calls))
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
 
 
-MODEL = Model(folder=str(ROOT / "docs"), source=str(WEATHER))
+def _remark(name: str, text: str) -> Iterator[str]:
+    """Stream what a served model says about a text."""
+    model = context.llm(name)
+    message = {"role": "user", "content": text}
+    body = {"model": model.model, "messages": [message], "max_tokens": 40, "stream": True}
+    headers = {"authorization": f"Bearer {model.api_key}", "content-type": "application/json"}
+    request = urllib.request.Request(f"{model.base_url}/chat/completions", json.dumps(body).encode(), headers)
+    yield f"\n{name} says: "
+    is_whole = False
+    with urllib.request.urlopen(request) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+                    is_whole = bool(choice.get("finish_reason"))
+    if not is_whole:
+        raise RuntimeError("the connection broke")
 
 
-def think(state: MessagesState) -> dict[str, Any]:
-    """Ask the model for the next step."""
-    return {"messages": [MODEL.invoke(state["messages"])]}
-
-
-def graph() -> "StateGraph[Any]":
+def graph(model: Model) -> "StateGraph[Any]":
     """Return the agent: the model and its tools in turns."""
+
+    def think(state: MessagesState) -> dict[str, Any]:
+        """Ask the model for the next step."""
+        return {"messages": [model.invoke(state["messages"])]}
+
     builder = StateGraph(MessagesState)
     builder.add_node("think", think)
     builder.add_node("tools", ToolNode([search, query, publish]))
@@ -134,25 +158,34 @@ def graph() -> "StateGraph[Any]":
 
 
 def main() -> None:
-    """Run the agent once; approve its report unless `--refuse` is given."""
-    answer = "no" if "--refuse" in sys.argv[1:] else "yes"
-    with LangGraphClient() as lattice:
-        app = lattice.compile(graph(), resources={"tools.query": {"cpu_mem": 256}}, checkpointer=InMemorySaver())
+    """Run the agent once; approve its report unless told to refuse it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--refuse", action="store_true")
+    parser.add_argument("--model", default="")
+    given = parser.parse_args()
+    answer, served = "no" if given.refuse else "yes", "writer" if given.model else ""
+    with LatticeClient() as client, LangGraphClient() as lattice:
+        if served:
+            client.llm.start(served, given.model, engine="transformers", cpu=0.5, replicas=2)
+        model = Model(folder=str(ROOT / "docs"), source=str(WEATHER), served=served)
+        app = lattice.compile(graph(model), resources={"tools.query": {"cpu_mem": 256}}, checkpointer=InMemorySaver())
         config = {"configurable": {"thread_id": "research"}}
-        given: Any = {"messages": [("user", QUESTION)]}
+        state: Any = {"messages": [("user", QUESTION)]}
         print(f"? {QUESTION}")
-        while given is not None:
-            steps = app.stream(given, config, stream_mode=["updates", "messages"])
-            given = None
+        while state is not None:
+            steps = app.stream(state, config, stream_mode=["updates", "messages"])
+            state = None
             for mode, item in steps:
                 if mode == "messages" and isinstance(item[0], AIMessageChunk):
                     print(item[0].content, end="", flush=True)
                 elif mode == "updates" and "__interrupt__" in item:
                     print(f"! publish this? {item['__interrupt__'][0].value['publish']} → {answer}")
-                    given = Command(resume=answer)
+                    state = Command(resume=answer)
                 elif mode == "updates" and "tools" in item:
                     print(*(f"- {message.name}: {message.content}" for message in item["tools"]["messages"]), sep="\n")
         print(f"\nlattice runs show {app.last_run_id}")
+        if served:
+            client.llm.stop(served)
 
 
 if __name__ == "__main__":

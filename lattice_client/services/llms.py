@@ -22,9 +22,9 @@ ENGINES = {
     "openai": llm_pb2.LLM_ENGINE_OPENAI,
     "provider": llm_pb2.LLM_ENGINE_PROVIDER,
 }
-
-
 MAX_WINDOW_S = 3600
+# Fields of a service that a model has too, and that may be unset.
+OPTIONAL = ("max_replicas", "concurrency", "idle_timeout", "start_timeout", "drain_timeout", "stop_grace")
 
 
 class LlmSettings(TypedDict, total=False):
@@ -61,6 +61,11 @@ class LlmSettings(TypedDict, total=False):
     node_selector: Mapping[str, str]
     start_timeout: float | None
     health: str
+    health_interval: float | None
+    health_timeout: float | None
+    health_failures: int | None
+    drain_timeout: float | None
+    stop_grace: float | None
 
 
 def _budget(name: str, settings: LlmSettings, *, is_provider: bool) -> service_pb2.LlmBudget | None:
@@ -133,13 +138,11 @@ class AsyncLlms(AsyncServices):
             arguments=arguments,
             resources=found.resources,
             replicas=found.replicas,
-            max_replicas=found.max_replicas if found.HasField("max_replicas") else None,
-            concurrency=found.concurrency if found.HasField("concurrency") else None,
-            idle_timeout=found.idle_timeout if found.HasField("idle_timeout") else None,
-            start_timeout=found.start_timeout if found.HasField("start_timeout") else None,
+            **{field.name: value for field, value in found.ListFields() if field.name in OPTIONAL},
             environment=found.environment,
             node_selector=found.node_selector,
             health_path=found.health.http_path,
+            health=found.health,
             base_url=base_url,
             budget=budget,
             api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),

@@ -1,14 +1,14 @@
 """How a gateway calls engines: the connections, and what of a request and an answer is passed on."""
 
-import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import aiohttp
 
 from lattice_worker.gateway.identity import keep_alive
 from lattice_worker.gateway.routing import Route
+from lattice_worker.gateway.stream import Watch
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 CONNECT_S = 5.0
@@ -17,6 +17,17 @@ PASSED = ("accept", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
 INSTANCE_HEADER = "x-lattice-instance"
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
+# Of them, those of a request that was not sent.
+NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+# By which a gateway tells another one that it did not pass a request on; 502 if it did and got no answer.
+UNSENT_STATUS = 503
+
+
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # Of an answer that is no stream.
+
+
+class AnswerTooLargeError(Exception):
+    """An answer is larger than a gateway keeps."""
 
 
 def session() -> aiohttp.ClientSession:
@@ -48,23 +59,18 @@ def returned(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: headers[name] for name in RETURNED if name in headers}
 
 
-class OpenRequests:
-    """The requests that are being answered, by the key of their caller. Rule: they end with the key."""
+async def whole_of(answer: aiohttp.ClientResponse) -> bytes:
+    """Return a whole answer. Raises AnswerTooLargeError."""
+    whole = bytearray()
+    async for chunk in answer.content.iter_any():
+        whole += chunk
+        if len(whole) > MAX_ANSWER_BYTES:
+            raise AnswerTooLargeError(f"over {MAX_ANSWER_BYTES} bytes")
+    return bytes(whole)
 
-    def __init__(self) -> None:
-        self._open: dict[str, set[asyncio.Task[Any]]] = {}
 
-    def add(self, key: str, task: asyncio.Task[Any]) -> None:
-        """Add one, until it has ended."""
-        self._open.setdefault(key, set()).add(task)
-        task.add_done_callback(lambda _: self._discard(key, task))
-
-    def end(self, key: str) -> None:
-        """End those of a key."""
-        for task in self._open.get(key, ()):
-            task.cancel()
-
-    def _discard(self, key: str, task: asyncio.Task[Any]) -> None:
-        self._open[key].discard(task)
-        if not self._open[key]:
-            del self._open[key]
+async def events_of(answer: aiohttp.ClientResponse, watch: Watch) -> AsyncIterator[Iterator[bytes]]:
+    """Yield the events of each chunk of a stream, and at its end the last one."""
+    async for chunk in answer.content.iter_any():
+        yield watch.feed(chunk)
+    yield watch.end()

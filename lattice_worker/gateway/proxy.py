@@ -1,11 +1,10 @@
-"""The HTTP server of a gateway: takes requests of tasks, and passes each to one instance of a model.
+"""Takes requests of tasks, and passes each to one instance of a model.
 
 Rule: another instance is tried only while no byte of an answer has gone to the caller.
 """
 
 import asyncio
 import json
-import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -15,37 +14,37 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from lattice_worker.gateway.door import BEGUN, KEY, SERVICE, Door
 from lattice_worker.gateway.engines import (
     INSTANCE_HEADER,
-    PATHS,
+    NOT_SENT,
     REQUEST_ERRORS,
-    OpenRequests,
+    UNSENT_STATUS,
+    AnswerTooLargeError,
+    events_of,
     passed,
     returned,
-    session,
+    whole_of,
 )
 from lattice_worker.gateway.permits import ImpossibleError, Permits
-from lattice_worker.gateway.refusals import ENDED_KEY, MAX_REQUEST_BYTES, LimitedError, Refusal, key_of
+from lattice_worker.gateway.refusals import MAX_REQUEST_BYTES, LimitedError, Refusal
 from lattice_worker.gateway.routing import Routing, Target
 from lattice_worker.gateway.sent import Sent
-from lattice_worker.gateway.stream import EventError, Watch, error_event
+from lattice_worker.gateway.stream import EventError, Watch, error_event, is_aborted
+from lattice_worker.gateway.tries import ElsewhereError, Tries
 from lattice_worker.gateway.usage import Estimates
 
-log = logging.getLogger(__name__)
-
-MAX_TRIES = 3
 # How often a request is made that its provider refuses because of a limit.
 MAX_LIMITED = 10
+# How long the server may take to learn of the loss of an instance that a request met.
+LOST_S = 10.0
 # Answers of an engine that does not serve now, which another instance may serve.
 ELSEWHERE = frozenset({502, 503, 504})
-BEGUN = web.RequestKey("begun", bool)  # Of a request whose answer has begun.
-SERVICE = web.RequestKey("service", str)  # Of a request whose key is valid.
-KEY = web.RequestKey("key", str)  # The key of such a request.
-CALLER_GONE = 499  # The status of a request without an answer, because its caller left.
+STOPPED = "the engine was stopped"
 
 
 class Proxy:
-    """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one.
+    """Answers requests of tasks. `service_of` returns the service of a key, `wait` waits for an instance of one.
 
     `permits` has the requests wait for which a model has no budget now. Connections `to_gateways` of other nodes are
     made with these certificates; without them they fail.
@@ -59,77 +58,19 @@ class Proxy:
         wait: Callable[[str], Awaitable[None]],
         permits: Permits,
         note: Callable[[str, int, float], object] = lambda service, status, seconds: None,
+        lost_s: float = LOST_S,
     ) -> None:
         self._routing = routing
-        self._service_of = service_of
         self._wait = wait
         self._permits = permits
+        self._lost_s = lost_s
         self._estimates: dict[str, Estimates] = {}
-        self._note = note
         self.to_gateways: ssl.SSLContext | None = None
-        self._client: aiohttp.ClientSession
-        self._open = OpenRequests()
+        self.door = Door(lambda _, key: service_of(key), self._permitted, MAX_REQUEST_BYTES, note, _models)
 
-    def application(self) -> web.Application:
-        """Return the application to serve."""
-        made = web.Application(client_max_size=MAX_REQUEST_BYTES)
-        made.router.add_get("/v1/models", self._models)
-        for path in PATHS:
-            made.router.add_post(path, self._noted)
-        made.cleanup_ctx.append(self._session)
-        return made
-
-    async def _session(self, _: web.Application) -> Any:
-        async with session() as self._client:
-            yield
-
-    def end_requests(self, key: str) -> None:
-        """End the open requests of a key."""
-        self._open.end(key)
-
-    async def _models(self, request: web.Request) -> web.StreamResponse:
-        try:
-            service = await self._allowed(request)
-        except Refusal as refusal:
-            return refusal.response()
-        model = {"id": _name(service), "object": "model", "created": 0, "owned_by": "lattice"}
-        return web.json_response({"object": "list", "data": [model]})
-
-    async def _noted(self, request: web.Request) -> web.StreamResponse:
-        started, status = time.monotonic(), CALLER_GONE
-        try:
-            response = await self._handle(request)
-            status = response.status
-            return response
-        finally:
-            self._note(request.get(SERVICE, ""), status, time.monotonic() - started)
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        try:
-            service = await self._allowed(request)
-            task = asyncio.create_task(self._permitted(request, service))
-            self._open.add(request[KEY], task)
-            try:
-                return await task
-            except asyncio.CancelledError:
-                handler = asyncio.current_task()
-                if BEGUN in request or (handler is not None and handler.cancelling()):
-                    raise  # An answer cannot be begun anew, and a caller that is gone gets none.
-                raise Refusal(401, *ENDED_KEY) from None
-        except Refusal as refusal:
-            return refusal.response()
-
-    async def _allowed(self, request: web.Request) -> str:
-        """Return the service that the key of a request is for. Raises Refusal."""
-        key = key_of(request)
-        service = await self._service_of(key) if key else None
-        if service is None:
-            raise Refusal(401, *ENDED_KEY)
-        request[KEY], request[SERVICE] = key, service
-        return service
-
-    async def _permitted(self, request: web.Request, service: str) -> web.StreamResponse:
+    async def _permitted(self, request: web.Request) -> web.StreamResponse:
         """Pass a request on when the budget of its model permits it; again if the provider refuses it all the same."""
+        service = request[SERVICE]
         body = await self._body(request, service)
         if self._routing.choose(service) is None:
             # Its route may be on its way, and a permit is for a request that is made at once.
@@ -152,32 +93,43 @@ class Proxy:
                 pass
             finally:
                 if sent.limited is None:
-                    estimates.learn(estimate, sent.usage)
                     self._permits.end(permit, sent.usage.tokens(estimate))
+                    estimates.learn(estimate, sent.usage)
                 else:
                     self._permits.refuse(permit, sent.limited.retry_after_s)
         raise AssertionError("the caller gets the last answer")
 
     async def _pass(self, request: web.Request, service: str, sent: Sent) -> web.StreamResponse:
         """Pass a request to an instance; to another one when the first does not answer."""
-        tried: list[str] = []
-        why = ""
-        while len(tried) < MAX_TRIES:
-            chosen = self._routing.choose(service, tried)
-            if chosen is None:
-                if tried:
-                    break
-                await self._ready(service)
-                continue
-            tried.append(chosen.instance_id)
+        tries = Tries(self._lost_s)
+        while (chosen := await self._choose(service, tries)) is not None:
             self._routing.begin(chosen.instance_id)
             try:
                 return await self._try(request, service, sent, chosen)
-            except _Elsewhere as elsewhere:
-                why = str(elsewhere)
+            except ElsewhereError as error:
+                tries.note(chosen, error, time.monotonic())
             finally:
                 self._routing.end(chosen.instance_id)
-        raise Refusal(503, "replica_lost", f"{len(tried)} instances of {_name(service)!r} did not answer: {why}")
+        raise Refusal(503, "replica_lost", f"no instance of {_name(service)!r} answered; the last one: {tries.why}")
+
+    async def _choose(self, service: str, tries: Tries) -> Target | None:
+        """Return the next instance for a request, which may have to be waited for; None when no other is tried."""
+        while not tries.are_over:
+            news = self._routing.news
+            tries.keep(self._routing.targets(service))
+            if (chosen := self._routing.choose(service, tries.failed)) is not None:
+                return chosen
+            if (until := tries.lost_until) is not None:
+                try:
+                    async with asyncio.timeout(until - time.monotonic()):
+                        await news.wait()
+                except TimeoutError:
+                    return None
+            elif tries.failed:
+                return None
+            else:
+                await self._ready(service)
+        return None
 
     async def _body(self, request: web.Request, service: str) -> dict[str, Any]:
         try:
@@ -210,20 +162,31 @@ class Proxy:
             # The gateway there asks the server what the key is for, and has that of the engine.
             headers |= {"authorization": f"Bearer {request[KEY]}", INSTANCE_HEADER: instance_id}
             secured = {"ssl": self.to_gateways or True, "server_hostname": target.gateway}
+        url = target.url(request.path_qs)
         try:
-            async with self._client.post(target.url(request.path_qs), json=body, headers=headers, **secured) as answer:
+            async with self.door.client.post(url, json=body, headers=headers, **secured) as answer:
                 if answer.ok:
                     sent.note_answer(answer.headers)
                 # The task gets a provider's answer as it is, with the time after which it may retry.
                 if answer.status in ELSEWHERE and not target.is_outside:
-                    raise _Elsewhere(f"{instance_id} answered with {answer.status}")
+                    # The gateway there names the instance in an answer that is the instance's.
+                    is_lost = bool(target.gateway) and INSTANCE_HEADER not in answer.headers
+                    was_sent = not is_lost or answer.status != UNSENT_STATUS
+                    raise ElsewhereError(
+                        f"{instance_id} answered with {answer.status}", is_lost=is_lost, was_sent=was_sent
+                    )
                 found = returned(answer.headers) | {INSTANCE_HEADER: instance_id}
                 if answer.content_type == "text/event-stream":
-                    return await self._stream(request, answer, found, instance_id, sent)
-                whole = await answer.read()
+                    return await self._stream(request, answer, found, target, sent)
+                whole = await whole_of(answer)
+                if is_aborted(whole):
+                    raise ElsewhereError(f"{instance_id}: {STOPPED}", is_lost=not target.is_outside)
                 sent.note_whole(answer.status, answer.headers, whole)
+        except AnswerTooLargeError as error:
+            raise Refusal(502, "answer_too_large", f"the answer of {instance_id} has {error}") from error
         except REQUEST_ERRORS as error:
-            raise _Elsewhere(f"{instance_id}: {type(error).__name__}: {error}") from error
+            why, was_sent = f"{instance_id}: {type(error).__name__}: {error}", not isinstance(error, NOT_SENT)
+            raise ElsewhereError(why, is_lost=not target.is_outside, was_sent=was_sent) from error
         return web.Response(body=whole, status=answer.status, headers=found)
 
     async def _stream(
@@ -231,15 +194,15 @@ class Proxy:
         request: web.Request,
         answer: aiohttp.ClientResponse,
         headers: dict[str, str],
-        instance_id: str,
+        target: Target,
         sent: Sent,
     ) -> web.StreamResponse:
         """Pass a stream on event by event. Before its first event nothing has gone to the caller."""
-        watch, response, why = Watch(hides_usage=sent.hides_usage), None, ""
+        watch, response, why, is_lost = Watch(hides_usage=sent.hides_usage), None, "", False
         sent.usage = watch.usage
         try:
-            async for chunk in answer.content.iter_any():
-                for event in watch.feed(chunk):
+            async for events in events_of(answer, watch):
+                for event in events:
                     if response is None:
                         response = web.StreamResponse(status=answer.status, headers=headers)
                         response.headers["x-accel-buffering"] = "no"
@@ -247,28 +210,31 @@ class Proxy:
                         await response.prepare(request)
                     await response.write(event)
                 if watch.is_aborted:
-                    why = "the engine was stopped"
+                    why, is_lost = STOPPED, True
                     break
         except (aiohttp.ClientConnectionResetError, ConnectionResetError):
             # The caller is gone; the end of the connection to the engine ends its work.
             if response is not None:
                 return response
-            why = "the connection was reset"
+            why, is_lost = "the connection was reset", True
         except (*REQUEST_ERRORS, EventError) as error:
-            why = f"{type(error).__name__}: {error}"
+            why, is_lost = f"{type(error).__name__}: {error}", not isinstance(error, EventError)
         if response is None:
-            raise _Elsewhere(f"{instance_id}: {why or 'its answer was empty'}")
+            why = f"{target.instance_id}: {why or 'its answer was empty'}"
+            raise ElsewhereError(why, is_lost=is_lost and not target.is_outside)
         if why or not watch.is_complete:
-            text = f"the answer of {instance_id} is not complete: {why or 'it ended without a reason to finish'}"
+            text = f"the answer of {target.instance_id} is not complete: {why or 'it ended without a reason to finish'}"
             await response.write(error_event(text, "replica_lost"))
         await response.write_eof()
         return response
 
 
-class _Elsewhere(Exception):
-    """An instance did not answer; another one may."""
-
-
 def _name(service: str) -> str:
     """Return the name of a service within its tenant."""
     return service.partition("\n")[0]
+
+
+def _models(service: str) -> web.StreamResponse:
+    """Return the list of the models of a key."""
+    model = {"id": _name(service), "object": "model", "created": 0, "owned_by": "lattice"}
+    return web.json_response({"object": "list", "data": [model]})

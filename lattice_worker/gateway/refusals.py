@@ -16,6 +16,8 @@ LIMIT_STATUSES = frozenset({429, 529})
 SPENT = ("insufficient_quota", "billing", "credit", "payment")
 MAX_S = 3600.0
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
+TOO_LARGE = ("request_too_large", f"a request may have {MAX_REQUEST_BYTES} bytes")
+TOO_DEEP = ("invalid_json", "the body is nested too deeply")
 ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
 
 

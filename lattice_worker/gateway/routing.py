@@ -1,5 +1,6 @@
-"""Owns the choice of the instance for a request. Rule: pure; new routes of the server replace the earlier ones."""
+"""Owns the choice of the instance for a request. Rule: new routes of the server replace the earlier ones."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,24 +52,34 @@ class Route:
 
 
 class Routing:
-    """The models by service, and how many requests each of their instances has from here."""
+    """The models by service, and how many requests each of their instances has from here.
+
+    `news` is set, and replaced, when the routes are.
+    """
 
     def __init__(self) -> None:
+        self.news = asyncio.Event()
         self._routes: dict[str, Route] = {}
         self._in_flight: Counter[str] = Counter()
 
     def update(self, services: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the routes."""
         self._routes = {name: Route(**found) for name, found in services.items()}
+        self.news.set()
+        self.news = asyncio.Event()
 
     def find(self, service: str) -> Route | None:
         """Return a route."""
         return self._routes.get(service)
 
-    def choose(self, service: str, without: Collection[str] = ()) -> Target | None:
-        """Return the instance with the fewest requests, of equal ones one of this node; None when there is none."""
+    def targets(self, service: str) -> list[Target]:
+        """Return the instances of a service, those of this node first."""
         route = self._routes.get(service)
-        found = [] if route is None else [target for target in route.targets if target.instance_id not in without]
+        return [] if route is None else route.targets
+
+    def choose(self, service: str, without: Collection[Target] = ()) -> Target | None:
+        """Return the instance with the fewest requests, of equal ones one of this node; None when there is none."""
+        found = [target for target in self.targets(service) if target not in without]
         return min(found, key=lambda target: self._in_flight[target.instance_id], default=None)
 
     def begin(self, instance_id: str) -> None:

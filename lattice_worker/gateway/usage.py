@@ -11,6 +11,7 @@ FIRST_RATIO, FIRST_OUTPUT = 1.15, 1024
 LEARNED = 50  # Answers.
 HIGH = 0.9  # The part of the learned values that is no higher than the estimate.
 IMAGE_TOKENS = 1000
+MOST = 2**40  # More than any budget. Numbers beyond it are nonsense, and too large for some arithmetic.
 TEXTS = frozenset({"messages", "prompt", "input", "instructions", "system", "tools", "functions", "response_format"})
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 MANY_ANSWERS = ("n", "best_of")
@@ -74,7 +75,7 @@ class Estimates:
         most = _first(body, OUTPUT_LIMITS)
         if most is not None:
             many = max(1, *(_first(body, (name,)) or 1 for name in MANY_ANSWERS))
-            return Estimate(prompt, tokens + most * many)
+            return Estimate(prompt, min(tokens + most * many, MOST))
         usual = math.ceil(_high(self._outputs)) if self._outputs else FIRST_OUTPUT
         return Estimate(prompt, tokens + usual if limit is None else max(tokens, min(tokens + usual, limit)))
 
@@ -102,7 +103,7 @@ def _size(value: Any) -> int:
 
 
 def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    found = (values[name] for name in names if type(values.get(name)) is int and values[name] >= 0)
+    found = (min(values[name], MOST) for name in names if type(values.get(name)) is int and values[name] >= 0)
     return next(found, None)
 
 

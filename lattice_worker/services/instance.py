@@ -11,7 +11,7 @@ import os
 import time
 from typing import Any
 
-from lattice_worker import context
+from lattice_worker import context, secrecy
 from lattice_worker.services import health, program
 from lattice_worker.services.output import Output
 
@@ -28,6 +28,8 @@ START_CHECK_S = 2.0
 def serve() -> dict[str, Any]:
     """Run one instance to its end; the server calls it by its name."""
     found = context.ask("lattice/instance.program")
+    if found["secrets"]:
+        secrecy.keep_secrets()
     return asyncio.run(Instance(found).run())
 
 

@@ -159,6 +159,25 @@ def test_budget_is_shown_and_wrong_ones_are_refused(
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(300)
+def test_thousand_tasks_use_nearly_all_of_a_limit_and_get_no_refusal(
+    models: LatticeClient, provide: Callable[..., Provider]
+) -> None:
+    limit, window_s, count = 250, 10.0, 1000
+    provider = provide(window_s, limit)
+    models.llm.start("gpt", base_url=provider.url, requests_per_minute=1500, limit_window=window_s)
+    workflow = models.create_workflow()
+    alone = task(cpu=0)(ask_many.function)
+    for number in range(count):
+        workflow.add_task(alone, {"count": 1}, task_id=f"t{number}")
+    found = workflow.run().result(timeout=4 * WAIT_S)
+    assert Counter(status for one in found.values() for status in one["result"]) == {200: count}
+    assert provider.statuses == {200: count}
+    times = [at for at, _ in provider.taken]
+    assert (count / limit - 1) * window_s / (times[-limit] - times[0]) >= 0.9
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
 def test_tenants_share_the_limit_of_a_key_and_use_nearly_all_of_it(
     address: str, provide: Callable[..., Provider], monkeypatch: pytest.MonkeyPatch
 ) -> None:

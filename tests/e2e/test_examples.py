@@ -19,11 +19,11 @@ from tests.commands import LATTICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
-OTHERS = ("agent_loop", "data_analysis", "debate", "rag", "research_agent")
+OTHERS = ("agent_loop", "data_analysis", "debate", "embeddings", "rag", "research_agent")
 REPEATED = pytest.mark.exhaustive
 
 
-def _run(address: str, example: str, *arguments: str) -> str:
+def run_example(address: str, example: str, *arguments: str) -> str:
     """Run an example with `lattice run`, from an unrelated folder, and return its output."""
     command = [LATTICE, "run", "--addr", address, str(EXAMPLES / example / "main.py"), *arguments]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
@@ -46,7 +46,7 @@ def test_an_example_runs_with_python_too(address: str, example: str) -> None:
     [([], "Done; published: "), pytest.param(["--refuse"], "Done; the report was refused", marks=REPEATED)],
 )
 def test_the_research_agent_publishes_only_when_it_is_approved(arguments: list[str], ending: str, local: str) -> None:
-    shown = _run(local, "research_agent", *arguments)
+    shown = run_example(local, "research_agent", *arguments)
     assert re.search(r"- query: \[35(\.0)?, \"2015/", shown)
     assert re.search(r"- search: \S+\.md: \S", shown)
     assert "! publish this?" in shown
@@ -56,7 +56,7 @@ def test_the_research_agent_publishes_only_when_it_is_approved(arguments: list[s
 @pytest.fixture(scope="module")
 def answer(address: str) -> str:
     """The output of the agent for its default question."""
-    return _run(address, "agent")
+    return run_example(address, "agent")
 
 
 def test_the_agent_answers_with_its_three_tools(answer: str) -> None:
@@ -79,14 +79,14 @@ def test_the_agent_shows_when_each_task_ran(answer: str) -> None:
 
 
 def test_the_agent_uses_only_the_tools_it_needs(address: str) -> None:
-    answer = _run(address, "agent", "the warmest day in Seattle in 2014,", "(2 + 3) * 4.5")
+    answer = run_example(address, "agent", "the warmest day in Seattle in 2014,", "(2 + 3) * 4.5")
     assert answer.partition("\n\n")[2] == (
         "select max(temp_max) from weather where date like '2014%'\n  → 35.6\n\n(2 + 3) * 4.5\n  → 22.5\n"
     )
 
 
 def test_the_analysis_reports_the_figures_of_the_data(address: str) -> None:
-    report = _run(address, "data_analysis")
+    report = run_example(address, "data_analysis")
     assert "392 cars (14 incomplete ones left out)" in report
     assert re.search(r"USA +245 +9\.7 +12\.7 +15\.7", report)
     assert re.search(r"-0\.89 \+ +0\.0090 \* weight_kg +0\.78", report)
@@ -94,14 +94,26 @@ def test_the_analysis_reports_the_figures_of_the_data(address: str) -> None:
 
 def test_retrieval_finds_the_passage(address: str) -> None:
     question = "the value as bytes in the encoding media type names, at most 256 KiB"
-    path, line, text = re.findall(r"^[\d.]+  (\S+):(\d+)\n +(.*)$", _run(address, "rag", question), re.MULTILINE)[0]
+    path, line, text = re.findall(
+        r"^[\d.]+  (\S+):(\d+)\n +(.*)$", run_example(address, "rag", question), re.MULTILINE
+    )[0]
     assert path == "proto/lattice/v1/payload.proto"
     assert "at most 256 KiB" in text
     assert 1 < int(line) < len((ROOT / path).read_text().splitlines())
 
 
+def test_embeddings_of_a_served_model_find_the_passage(address: str) -> None:
+    question = "Which packages does a machine need if the head uses Ray?"
+    shown = run_example(address, "embeddings", question)
+    files, requests = re.findall(r"\((\d+) files, (\d+) requests\)", shown)[0]
+    assert int(files) < int(requests) < 10 * int(files)
+    assert re.findall(r"^[\d.]+  (\S+)\n", shown, re.MULTILINE)[0] == "docs/cluster.md"
+    with LatticeClient(address) as client:
+        assert not client.llm.list()
+
+
 def test_the_agent_loop_answers_when_a_person_approves(local: str) -> None:
-    assert _run(local, "agent_loop").splitlines() == [
+    assert run_example(local, "agent_loop").splitlines() == [
         "- calls 1 x primes_below",
         "- calls 25 x digit_sum",
         "- calls 1 x add_up",
@@ -111,7 +123,7 @@ def test_the_agent_loop_answers_when_a_person_approves(local: str) -> None:
 
 
 def test_the_debate_adds_rounds_until_the_estimates_agree(local: str) -> None:
-    *rounds, verdict, tasks = _run(local, "debate", "3").splitlines()
+    *rounds, verdict, tasks = run_example(local, "debate", "3").splitlines()
     estimates = [[float(number) for number in line.partition(": ")[2].split()] for line in rounds]
     spreads = [max(found) - min(found) for found in estimates]
     assert all(after < before for before, after in pairwise(spreads))
@@ -135,11 +147,11 @@ def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
             with suppress(httpx.ReadTimeout):
                 web.get("/count", params={"words": "left", "seconds": 600}, timeout=1.0)
             with web.stream("GET", "/stream", params={"words": "or not " * 99, "seconds": 0.2}) as answer:
-                streamed = client.get_run(answer.headers["run-id"])
+                streamed = client.getrun_example(answer.headers["run-id"])
                 assert next(answer.iter_text()) == "or "
             (counted,) = [run for run in client.list_runs(5) if run.display_name == "count"][:1]
             for run, why in (
-                (client.get_run(counted.run_id), "its caller was disconnected"),
+                (client.getrun_example(counted.run_id), "its caller was disconnected"),
                 (streamed, "client left"),
             ):
                 with pytest.raises(RunCancelledError, match=why):

@@ -55,7 +55,8 @@ def listen(name: str) -> str:
     request = urllib.request.Request(f"{found.base_url}/chat/completions", json.dumps(body).encode(), headers)
     words = []
     with urllib.request.urlopen(request, timeout=WAIT_S) as response:
-        for line in response:
+        # As a whole: the lines of a response end without an error when the gateway is killed between two of them.
+        for line in response.read().splitlines():
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])

@@ -224,6 +224,22 @@ def test_an_instance_waits_for_resources_like_any_task(client: LatticeClient, st
         started("huge", cpu=1000)
 
 
+def test_services_share_a_device_by_its_memory(client: LatticeClient, started: Callable[..., Any]) -> None:
+    for name in ("one", "two"):
+        started(name, gpu=0.5, gpu_mem=4096)
+    devices = {answer_of(client, name, "env/CUDA_VISIBLE_DEVICES") for name in ("one", "two")}
+    assert len(devices) == 1
+    (other,) = {"0", "1"} - devices
+    started("large", gpu=0.25, gpu_mem=6000)
+    assert answer_of(client, "large", "env/CUDA_VISIBLE_DEVICES") == other
+    started("waiting", gpu=0.25, gpu_mem=4096, wait=False)
+    (instance,) = until(lambda: client.services.get("waiting").instances, "the instance is there")
+    reasons = until(lambda: client.explain(instance.run_id, "instance").reasons, "it is explained")
+    assert "gpu memory" in reasons[0].message.lower()
+    client.services.stop("large", timeout=WAIT_S)
+    client.services.ready("waiting", timeout=WAIT_S)
+
+
 def test_a_new_definition_replaces_the_instances_and_an_equal_one_does_not(
     client: LatticeClient, started: Callable[..., Any]
 ) -> None:

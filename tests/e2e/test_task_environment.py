@@ -3,22 +3,35 @@
 import asyncio
 import os
 import re
+import resource
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from click.testing import CliRunner
 
-from lattice_client import InvalidArgumentError, LatticeClient, TaskDefinitionError, TaskFailedError, secret, task
+from lattice_client import (
+    InvalidArgumentError,
+    LatticeClient,
+    TaskDefinitionError,
+    TaskFailedError,
+    context,
+    secret,
+    task,
+)
 from lattice_client.cli.main import main
 from tests.commands import START
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
+from tests.e2e.test_llms import SERVER as ENGINE
+from tests.e2e.test_llms import post
 from tests.e2e.test_restarts import Head
 
 CANARY = "key-of-the-client"
@@ -240,6 +253,57 @@ def test_server_stores_shows_and_writes_no_secret(
     for path in server.folder.rglob("*"):
         if path.is_file() and path.name != "secrets.toml":
             assert not [found for found in TRACES if found in path.read_bytes()], path
+
+
+@task(cpu=0.1)
+def ask_provider(room: str) -> list[Any]:
+    found = context.llm("gpt")
+    answer = post(found.base_url, found.api_key, "chat/completions", {"model": "gpt", "messages": [{"content": "who"}]})
+    enter(room, "asked")
+    return [found.base_url, found.api_key, *answer]
+
+
+def test_keys_of_models_and_secrets_of_services_are_stored_and_shown_nowhere(
+    server: Server, search: LatticeClient, room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNTOLD", UNTOLD)
+    engine = [sys.executable, ENGINE, "{host}", "{port}"]
+    settings: dict[str, Any] = {"cpu": 0.1, "timeout": WAIT_S}
+    (instance,) = search.llm.start("tiny", command=engine, env={"KEY": secret("UNTOLD")}, **settings).instances
+    url = f"http://{instance.endpoint}/v1"
+    search.llm.start("gpt", base_url=url, api_key=secret("UNTOLD"), requests_per_minute=60, timeout=WAIT_S)
+    workflow = search.create_workflow()
+    workflow.add_task(ask_provider, {"room": room})
+    run = workflow.run()
+    entered(run, "ask_provider")
+    texts = [str(search.llm.list()), str(search.services.get("gpt")), str([*search.services.logs("tiny")])]
+    for run_id in (instance.run_id, str(run)):
+        texts += [str(search.describe_run(run_id)), str(search.run_graph(run_id)), str(search.list_tasks(run_id))]
+    texts.append(urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode())
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    texts += [Path(f"/proc/{one.pid}/cmdline").read_bytes().decode(errors="replace") for one in processes]
+    room.open()
+    base_url, _, status, answer = run.result(timeout=WAIT_S)["result"]
+    assert status == 200
+    # No process that has one leaves a core file: the engine and the gateway, by the ports on which they listen.
+    for port in (int(instance.endpoint.rpartition(":")[2]), urlsplit(base_url).port):
+        (owner,) = {
+            one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port == port
+        }
+        assert resource.prlimit(owner, resource.RLIMIT_CORE) == (0, 0)
+    for text in (*texts, answer):
+        assert not [found for found in TRACES if found in text.encode()], text[:300]
+    for path in server.folder.rglob("*"):
+        if path.is_file() and path.name != "secrets.toml":
+            assert not [found for found in TRACES if found in path.read_bytes()], path
+    # A task of another tenant has neither the model nor its key.
+    with (
+        LatticeClient(server.address, tenant="other") as other,
+        pytest.raises(TaskFailedError, match="there is no service 'gpt'"),
+    ):
+        other.run_task(ask_provider, {"room": room})
+    for service in search.services.list():
+        search.services.stop(service.spec.name, timeout=WAIT_S)
 
 
 def test_a_process_with_a_secret_is_hidden_from_its_user(search: LatticeClient) -> None:

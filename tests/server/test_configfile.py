@@ -1,5 +1,6 @@
 """The configuration file: its values, and the errors for a wrong one."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.core.scheduling.batching import BatchRule, NameMatch
+from lattice_server.flags import Flags
 from tests.commands import START
 
 pytestmark = pytest.mark.slow
@@ -91,6 +93,8 @@ def test_batching_rules_have_the_order_of_the_file() -> None:
         ("log_format = 'xml'", "log_format must be one of text, json, not 'xml'"),
         ("log_level = 'loud'", "log_level must be one of debug, info, warning, error, not 'loud'"),
         ("ray_address = 'a:1'", "there is no setting 'ray_address'"),
+        ("gateway_port = 65536", "gateway_port must be at most 65535, not 65536"),
+        ("chunk_limit_bytes = 1048577", "chunk_limit_bytes must be at most 1048576"),
         ("session_ttl_s = 0", "session_ttl_s must be above 0"),
         ("tenant_share = 0", "tenant_share must be above 0 and at most 1, not 0"),
         ("tenant_share = 1.5", "tenant_share must be above 0 and at most 1, not 1.5"),
@@ -165,3 +169,13 @@ def test_the_pages_name_the_defaults_of_the_configuration() -> None:
         f"can return, {found.worker_message_limit_bytes // 2**20} MiB of it in all",
     ):
         assert claim in pages, f"no longer said, or no longer so: {claim}"
+
+
+@pytest.mark.parametrize(("flag", "key", "expected"), [(7443, 7000, "7443"), (None, 7000, "7000"), (None, 0, None)])
+def test_workers_of_the_server_find_the_port_of_their_gateways(
+    flag: int | None, key: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    flags = Flags(**dict.fromkeys(Flags.__dataclass_fields__) | {"gateway_port": flag})
+    assert flags.gateways(ServerConfig(gateway_port=key)).gateway_port == int(expected or 0)
+    assert os.environ.get("LATTICE_GATEWAY_PORT") == expected

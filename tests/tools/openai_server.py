@@ -93,6 +93,13 @@ class Handler(BaseHTTPRequestHandler):
         """Write no line for each request."""
 
 
+class Server(ThreadingHTTPServer):
+    """As many connections may wait as for the servers of engines."""
+
+    request_queue_size = 2048
+    daemon_threads = True
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser()
@@ -103,7 +110,7 @@ def main() -> None:
     given = Handler.given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     print("the model is loaded", flush=True)
-    ThreadingHTTPServer((given.host, given.port), Handler).serve_forever()
+    Server((given.host, given.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""A worker's own store of artifacts: deleted when it ends, and by the next worker when it was killed."""
+"""The command line of a worker, and its own store of artifacts, which is deleted when it ends or by the next worker."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ def test_a_store_is_deleted_with_its_worker_and_with_stores_of_killed_ones(
         with cli.store(None) as second:
             assert sorted(map(str, tmp_path.iterdir())) == sorted([first, second])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "many", "7443.5"])
+def test_worker_does_not_start_when_the_port_of_its_gateway_is_none(text: str) -> None:
+    command = [sys.executable, "-m", "lattice_worker", "--addr", "127.0.0.1:1", "--node-id", "a"]
+    environment = {**os.environ, "LATTICE_GATEWAY_PORT": text}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == f"lattice_worker: LATTICE_GATEWAY_PORT must be a port from 1 to 65535, not {text!r}\n"
 
 
 def test_a_store_in_memory_has_a_folder_on_disk_which_goes_with_it(

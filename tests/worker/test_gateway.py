@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
 
 import aiohttp
 import pytest
@@ -14,35 +13,49 @@ from hypothesis import strategies as st
 from lattice_worker.gateway.limits import seconds, told_limits
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
-from lattice_worker.gateway.refusals import Refusal, is_limit, retry_after_s
+from lattice_worker.gateway.refusals import MAX_REQUEST_BYTES, Refusal, is_limit, retry_after_s
 from lattice_worker.gateway.routing import Routing, Target
 from lattice_worker.gateway.stream import Watch
 from lattice_worker.gateway.usage import Estimates, Usage
+from tests.worker.gateways import (
+    BODY,
+    SERVICE,
+    Engine,
+    Servers,
+    Slow,
+    breaking,
+    busy,
+    check_broken_stream,
+    echo,
+    event,
+    reset,
+    run_in,
+    word,
+)
 
-SERVICE = "tiny\ntenant"
 
-
-def event(**fields: Any) -> bytes:
-    return b"data: " + json.dumps(fields).encode() + b"\n\n"
-
-
-def word(text: str, reason: str | None = None) -> bytes:
-    return event(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": reason}])
-
-
-@given(st.lists(st.text(max_size=20), max_size=5), st.sampled_from(["stop", "length", "abort", None]), st.data())
+@given(
+    st.lists(st.text(max_size=20), max_size=5),
+    st.sampled_from(["stop", "length", "abort", None]),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.data(),
+)
 def test_stream_is_complete_by_its_reason_however_it_is_split(
-    words: list[str], reason: str | None, data: st.DataObject
+    words: list[str], reason: str | None, line_end: bytes, has_end: bool, data: st.DataObject
 ) -> None:
     whole = [word(text) for text in words] + ([word("", reason)] if reason else []) + [b"data: [DONE]\n\n"]
-    sent = b"".join(whole)
+    sent = b"".join(whole).replace(b"\n", line_end)
+    if not has_end:
+        sent = sent.removesuffix(line_end * 2)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=6)))
     watch, passed = Watch(), b""
     for start, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
         passed += b"".join(watch.feed(sent[start:end]))
+    passed = (passed + b"".join(watch.end())).replace(b"\r\n", b"\n")
     assert watch.is_complete is (reason in {"stop", "length"})
     assert watch.is_aborted is (reason == "abort")
-    expected = sent if reason != "abort" else b"".join(word(text) for text in words)
+    expected = b"".join(whole) if reason != "abort" else b"".join(word(text) for text in words)
     assert passed == expected
 
 
@@ -51,6 +64,7 @@ def test_stream_is_complete_by_its_reason_however_it_is_split(
     [
         (event(type="response.output_text.delta", delta="x"), False),
         (event(type="response.completed"), True),
+        (event(type="response.completed", response={"usage": {"input_tokens": 1, "output_tokens": 2}}), True),
         (event(error={"message": "too long"}), True),
         (b": waiting\n\n", False),
         (b"data: [DONE]\n\n", False),
@@ -59,12 +73,38 @@ def test_stream_is_complete_by_its_reason_however_it_is_split(
     ],
 )
 def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_complete: bool) -> None:
+    for hides_usage in (False, True):
+        watch = Watch(hides_usage=hides_usage)
+        assert b"".join(watch.feed(sent)) == sent
+        assert watch.is_complete is is_complete
+
+
+def test_stream_of_several_choices_is_complete_when_each_has_a_reason_to_finish() -> None:
+    def choice(index: int, reason: str | None = None) -> bytes:
+        return event(choices=[{"index": index, "delta": {"content": "x"}, "finish_reason": reason}])
+
+    watch, states = Watch(), []
+    for sent in (choice(0), choice(1), choice(0, "stop"), choice(1, "length"), choice(2), choice(2, "stop")):
+        list(watch.feed(sent))
+        states.append(watch.is_complete)
+    assert states == [False, False, False, True, False, True]
+
+
+def test_events_are_the_same_wherever_a_stream_with_long_line_ends_is_cut() -> None:
+    sent = (word("a") + word("b", "stop")).replace(b"\n", b"\r\n")
+    for cut in range(len(sent)):
+        watch = Watch()
+        assert [*watch.feed(sent[:cut]), *watch.feed(sent[cut:])] == [word("a"), word("b", "stop")]
+
+
+def test_part_of_an_event_at_the_end_of_a_stream_is_not_passed_on() -> None:
     watch = Watch()
-    assert b"".join(watch.feed(sent)) == sent
-    assert watch.is_complete is is_complete
+    assert list(watch.feed(word("a", "stop")[:-9])) == []
+    assert list(watch.end()) == []
+    assert not watch.is_complete
 
 
-def chosen(routing: Routing, without: Sequence[str] = ()) -> str:
+def chosen(routing: Routing, without: Collection[Target] = ()) -> str:
     found = routing.choose(SERVICE, without)
     assert found is not None
     return found.instance_id
@@ -82,41 +122,26 @@ def test_routing_chooses_the_instance_with_the_fewest_requests_and_of_equal_ones
     assert chosen(routing) == "a"
     routing.begin("b")
     assert chosen(routing) == "a"
-    assert chosen(routing, ["a"]) == "b"
-    assert routing.choose(SERVICE, ["a", "b"]) is None
+    one, other = Target("a", "h:1"), Target("b", "h:2", "gateway-2")
+    assert chosen(routing, [one]) == "b"
+    assert chosen(routing, [Target("b", "h:2", "gateway-1"), one]) == "b"
+    assert routing.choose(SERVICE, [one, other]) is None
     routing.end("b")
     routing.end("b")
     assert chosen(routing) == "b"
 
 
-Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-async def _listening(handle: Engine) -> tuple[web.AppRunner, str]:
-    application = web.Application()
-    application.router.add_route("*", "/{path:.*}", handle)
-    return await _served(application)
-
-
-async def _served(application: web.Application) -> tuple[web.AppRunner, str]:
-    runner = web.AppRunner(application, handler_cancellation=True)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    return runner, f"{host}:{port}"
-
-
-class World:
+class World(Servers):
     """A gateway before some engines; `waits` counts the requests that wait for an instance."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.routing = Routing()
         self.waits = 0
         self.allowed = {"key": SERVICE}
         self.noted: list[tuple[str, int]] = []
-        self.proxy = Proxy(self.routing, self.service_of, self.wait, Permits(self.ask), self.note)
-        self.runners: list[web.AppRunner] = []
+        self.permits = Permits(self.ask)
+        self.proxy = Proxy(self.routing, self.service_of, self.wait, self.permits, self.note)
 
     def note(self, service: str, status: int, seconds: float) -> None:
         assert 0 <= seconds < 60
@@ -125,8 +150,13 @@ class World:
     async def service_of(self, key: str) -> str | None:
         return self.allowed.get(key)
 
-    async def ask(self, name: str, value: object = None) -> None:
-        raise AssertionError(f"no model here has a budget: {name}")
+    def permit_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have each request that needs a permit get one."""
+
+        async def acquire(service: str, tokens: int, *, is_again: bool = False) -> str:
+            return "1"
+
+        monkeypatch.setattr(self.permits, "acquire", acquire)
 
     async def wait(self, service: str) -> None:
         self.waits += 1
@@ -134,46 +164,16 @@ class World:
 
     async def start(self, *engines: Engine, key: str = "") -> str:
         """Start engines and the gateway; return its URL."""
-        replicas = {}
-        for number, engine in enumerate(engines):
-            runner, replicas[f"tiny-{number}"] = await _listening(engine)
-            self.runners.append(runner)
-        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas}})
-        runner, address = await _served(self.proxy.application())
-        self.runners.insert(0, runner)
-        return f"http://{address}/v1"
+        self.route({f"tiny-{number}": await self.engine(engine) for number, engine in enumerate(engines)}, key)
+        return f"http://{await self.serve(self.proxy.door.application())}/v1"
+
+    def route(self, replicas: dict[str, str], key: str = "", *, has_budget: bool = False) -> None:
+        """Have these instances take requests."""
+        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas, "has_budget": has_budget}})
 
 
 def scenario(run: Callable[[World, aiohttp.ClientSession], Awaitable[None]]) -> None:
-    """Run a scenario, and end all servers after it."""
-
-    async def whole() -> None:
-        world = World()
-        async with aiohttp.ClientSession(headers={"authorization": "Bearer key"}) as client:
-            try:
-                await asyncio.wait_for(run(world, client), 30)
-            finally:
-                for runner in world.runners:
-                    await runner.cleanup()
-
-    asyncio.run(whole())
-
-
-BODY = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
-
-
-async def busy(_: web.Request) -> web.Response:
-    return web.json_response({"error": {"message": "busy"}}, status=503)
-
-
-async def reset(request: web.Request) -> web.Response:
-    assert request.transport is not None
-    request.transport.abort()
-    return web.Response()
-
-
-async def echo(request: web.Request) -> web.Response:
-    return web.json_response({"body": await request.json(), "key": request.headers.get("authorization", "")})
+    run_in(World, run)
 
 
 @pytest.mark.parametrize("broken", [busy, reset])
@@ -190,20 +190,14 @@ def test_request_is_answered_by_another_instance_when_the_first_does_not_answer(
 
 def test_each_request_is_noted_with_its_service_and_status() -> None:
     async def run(world: World, client: aiohttp.ClientSession) -> None:
-        has_begun = asyncio.Event()
-
-        async def endless(_: web.Request) -> web.Response:
-            has_begun.set()
-            await asyncio.Event().wait()
-            return web.Response()
-
+        endless = Slow()
         url = f"{await world.start(echo)}/chat/completions"
         await client.post(url, json=BODY)
         await client.post(url, json={"model": "other"})
         await client.post(url, json=BODY, headers={"authorization": "Bearer guessed"})
         url = f"{await world.start(endless)}/chat/completions"
         asking = asyncio.create_task(client.post(url, json=BODY))
-        await has_begun.wait()
+        await endless.begun.wait()
         asking.cancel()
         while len(world.noted) < 4:
             await asyncio.sleep(0.01)
@@ -229,49 +223,96 @@ def test_error_of_an_engine_is_passed_on_and_not_tried_again() -> None:
     scenario(run)
 
 
+def test_whole_answer_of_an_engine_that_gave_up_is_no_answer() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        async def stopped(_: web.Request) -> web.Response:
+            message = {"role": "assistant", "content": "half of it"}
+            return web.json_response({"choices": [{"index": 0, "message": message, "finish_reason": "abort"}]})
+
+        async def whole(_: web.Request) -> web.Response:
+            return web.json_response({"choices": [{"message": {"content": "to abort"}, "finish_reason": "stop"}]})
+
+        url = f"{await world.start(stopped, whole)}/chat/completions"
+        async with client.post(url, json=BODY) as answer:
+            assert (answer.status, answer.headers["x-lattice-instance"]) == (200, "tiny-1")
+
+    scenario(run)
+
+
 def test_stream_is_not_repeated_after_its_first_byte() -> None:
     async def run(world: World, client: aiohttp.ClientSession) -> None:
-        async def breaking(request: web.Request) -> web.StreamResponse:
-            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-            await response.prepare(request)
-            await response.write(word("one"))
-            assert request.transport is not None
-            request.transport.abort()
-            return response
-
-        url = await world.start(breaking, echo)
-        async with client.post(f"{url}/chat/completions", json=BODY | {"stream": True}) as answer:
-            whole = (await answer.read()).split(b"\n\n")
-        assert whole[0] + b"\n\n" == word("one")
-        assert json.loads(whole[1][6:])["error"]["code"] == "replica_lost"
+        await check_broken_stream(client, f"{await world.start(breaking, echo)}/chat/completions")
 
     scenario(run)
 
 
 def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
     async def run(world: World, client: aiohttp.ClientSession) -> None:
-        begun, ended = asyncio.Event(), asyncio.Event()
-
-        async def slow(request: web.Request) -> web.Response:
-            begun.set()
-            try:
-                await asyncio.sleep(60)
-            finally:
-                ended.set()
-            return web.Response()
-
+        slow = Slow()
         url = await world.start(slow)
-        for leave in (lambda task: task.cancel(), lambda _: world.proxy.end_requests("key")):
-            begun.clear()
-            ended.clear()
+        for leave in (lambda task: task.cancel(), lambda _: world.proxy.door.end_requests("key")):
+            slow.begun.clear()
+            slow.ended.clear()
             task = asyncio.create_task(client.post(f"{url}/chat/completions", json=BODY))
-            await begun.wait()
+            await slow.begun.wait()
             leave(task)
-            await ended.wait()
+            await slow.ended.wait()
             await asyncio.gather(task, return_exceptions=True)
         # The first got no answer, since its caller was gone; the second was told why its engine was stopped.
         answer = task.result()
         assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
+
+    scenario(run)
+
+
+def test_slow_reader_holds_up_its_engine_until_its_key_ends() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        sent, ended = 0, asyncio.Event()
+
+        async def endless(request: web.Request) -> web.StreamResponse:
+            nonlocal sent
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            try:
+                while True:
+                    await response.write(word("x" * 100_000))
+                    sent += 1
+            finally:
+                ended.set()
+
+        url = await world.start(endless)
+        async with client.post(f"{url}/chat/completions", json=BODY | {"stream": True}):
+            before = -1
+            while sent != before:  # Until the buffers on the way are full.
+                before = sent
+                await asyncio.sleep(0.2)
+            assert 0 < sent < 1000
+            world.proxy.door.end_requests("key")
+            await ended.wait()
+
+    scenario(run)
+
+
+def test_answer_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        async def large(_: web.Request) -> web.Response:
+            return web.Response(body=b"x" * 2000, content_type="application/json")
+
+        monkeypatch.setattr("lattice_worker.gateway.engines.MAX_ANSWER_BYTES", 1000)
+        url = await world.start(large)
+        async with client.post(f"{url}/chat/completions", json=BODY) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (502, "answer_too_large")
+
+    scenario(run)
+
+
+def test_gateway_serves_after_headers_that_are_too_large() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        url = f"{await world.start(echo)}/chat/completions"
+        async with client.post(url, json=BODY, headers={"x-long": "x" * 100_000}) as answer:
+            assert answer.status == 400
+        async with client.post(url, json=BODY) as answer:
+            assert answer.status == 200
 
     scenario(run)
 
@@ -283,6 +324,8 @@ def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
         ("", json.dumps(BODY), 401, "invalid_api_key"),
         ("key", "{", 400, "invalid_json"),
         ("key", "[]", 400, "invalid_json"),
+        ("key", "[" * 100_000, 400, "invalid_json"),
+        ("key", " " * (MAX_REQUEST_BYTES + 1), 413, "request_too_large"),
         ("key", json.dumps(BODY | {"model": "large"}), 404, "model_not_found"),
         ("key", json.dumps(BODY), 503, "model_failed"),
     ],
@@ -295,6 +338,26 @@ def test_request_is_refused_in_the_form_of_the_api(key: str, body: str, status: 
             assert (answer.status, (await answer.json())["error"]["code"]) == (status, code)
             assert answer.headers["x-should-retry"] == "false"
         assert world.waits == (status == 503)
+
+    scenario(run)
+
+
+def test_body_is_passed_on_or_refused_however_deep_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        world.permit_all(monkeypatch)
+
+        async def content(_: web.Request) -> web.Response:
+            return web.json_response({})
+
+        url, statuses = await world.start(content), []
+        # A budget estimates the text, which goes deeper than reading it.
+        for budget in (False, True):
+            world.route({"tiny-1": await world.engine(content)}, has_budget=budget)
+            for depth in range(100, 1100, 20):
+                body = '{"model": "tiny", "messages": ' + "[" * depth + "]" * depth + "}"
+                async with client.post(f"{url}/chat/completions", data=body) as answer:
+                    statuses.append(answer.status)
+        assert (statuses[0], statuses[-1], set(statuses)) == (200, 400, {200, 400})
 
     scenario(run)
 
@@ -333,6 +396,18 @@ def test_estimates_learn_from_answers() -> None:
     assert estimates.of(body, "/v1/chat/completions", None).tokens == 150 + 7
     picture = {"messages": [{"content": [{"image_url": {"url": "data:image/png;base64," + "A" * 100_000}}]}]}
     assert estimates.of(picture, "", None).prompt == 1000
+
+
+def test_numbers_beyond_all_bounds_are_counted_as_a_number_that_can_be_sent() -> None:
+    estimates, huge = Estimates(), 10**4000
+    body = {"prompt": "x" * 400, "max_tokens": huge, "n": huge}
+    estimate = estimates.of(body, "/v1/completions", None)
+    usage = Usage()
+    assert usage.note({"usage": {"prompt_tokens": huge, "completion_tokens": huge, "total_tokens": huge}})
+    estimates.learn(estimate, usage)
+    for tokens in (estimate.tokens, usage.tokens(estimate), estimates.of({"prompt": "x"}, "", None).tokens):
+        assert tokens is not None
+        assert 0 < float(tokens) <= 2**42
 
 
 @pytest.mark.parametrize(

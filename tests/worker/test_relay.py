@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-import json
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 
@@ -16,7 +16,22 @@ from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.relay import Relay
 from lattice_worker.gateway.routing import Routing
-from tests.worker.test_gateway import BODY, SERVICE, Engine, echo, word
+from lattice_worker.gateway.task import Gateway
+from tests.worker.gateways import (
+    BODY,
+    SERVICE,
+    Engine,
+    Servers,
+    Slow,
+    breaking,
+    busy,
+    check_broken_stream,
+    closed_port,
+    echo,
+    reset,
+    run_in,
+    until_waited_for,
+)
 
 NEAR, FAR = "gateway-near", "gateway-far"
 AUTHORITY = Authority()
@@ -24,21 +39,26 @@ AUTHORITY = Authority()
 
 def identity(name: str, authority: Authority = AUTHORITY) -> Identity:
     made = Identity()
-    made.take(authority.sign(made.request, name), authority.certificate)
+    certify(made, name, authority)
     return made
 
 
-class Pair:
+def certify(made: Identity, name: str, authority: Authority = AUTHORITY) -> None:
+    """Give the identity of a gateway its certificate."""
+    made.take(authority.sign(made.request, name), authority.certificate)
+
+
+class Pair(Servers):
     """The gateway of a task's node, and that of the node with the instance `far-1`."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost_s: float = 3600.0) -> None:
+        super().__init__()
         self.passed_by: list[tuple[str, str]] = []
         self.waits = 0
         self.near, self.far = Routing(), Routing()
-        self.proxy = Proxy(self.near, self._service_of, self._wait, Permits(self._ask))
+        self.proxy = Proxy(self.near, self._service_of, self._wait, Permits(self.ask), lost_s=lost_s)
         self.proxy.to_gateways = identity(NEAR).context(is_server=False)
         self.relay = Relay(self.far, self._passed_on)
-        self.runners: list[web.AppRunner] = []
 
     async def _service_of(self, key: str) -> str | None:
         return SERVICE if key == "key" else None
@@ -47,43 +67,23 @@ class Pair:
         self.passed_by.append((key, gateway))
         return SERVICE if (key, gateway) == ("key", NEAR) else None
 
-    async def _ask(self, name: str, value: object = None) -> None:
-        raise AssertionError(f"no model here has a budget: {name}")
-
     async def _wait(self, service: str) -> None:
         self.waits += 1
 
     async def start(self, engine: Engine, name: str = FAR) -> str:
         """Start all; return the URL for tasks. `name` is what the far gateway is called there."""
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", engine)
-        endpoint = await self._serve(application)
-        self.far.update({SERVICE: {"model": "real", "key": "engine-key", "replicas": {"far-1": endpoint}}})
-        self.peer = await self._serve(self.relay.application(), identity(FAR).context(is_server=True))
-        remote = {"far-1": [self.peer, name]}
-        self.near.update({SERVICE: {"model": "real", "key": "engine-key", "replicas": {}, "remote": remote}})
-        return f"http://{await self._serve(self.proxy.application())}/v1/chat/completions"
+        self.far.update(_routes(replicas={"far-1": await self.engine(engine)}))
+        self.peer = await self.serve(self.relay.door.application(), identity(FAR).context(is_server=True))
+        self.near.update(_routes(replicas={}, remote={"far-1": [self.peer, name]}))
+        return f"http://{await self.serve(self.proxy.door.application())}/v1/chat/completions"
 
-    async def _serve(self, application: web.Application, context: ssl.SSLContext | None = None) -> str:
-        runner = web.AppRunner(application, handler_cancellation=True)
-        self.runners.insert(0, runner)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
-        host, port = runner.addresses[0][:2]
-        return f"{host}:{port}"
+
+def _routes(**instances: object) -> dict[str, dict[str, object]]:
+    return {SERVICE: {"model": "real", "key": "engine-key", **instances}}
 
 
 def scenario(run: Callable[[Pair, aiohttp.ClientSession], Awaitable[None]]) -> None:
-    async def whole() -> None:
-        pair = Pair()
-        async with aiohttp.ClientSession(headers={"authorization": "Bearer key"}) as client:
-            try:
-                await asyncio.wait_for(run(pair, client), 30)
-            finally:
-                for runner in pair.runners:
-                    await runner.cleanup()
-
-    asyncio.run(whole())
+    run_in(Pair, run)
 
 
 def test_request_passes_two_gateways_and_the_engine_gets_its_own_key() -> None:
@@ -100,19 +100,7 @@ def test_request_passes_two_gateways_and_the_engine_gets_its_own_key() -> None:
 
 def test_stream_that_breaks_behind_the_other_gateway_ends_with_an_error() -> None:
     async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
-        async def breaking(request: web.Request) -> web.StreamResponse:
-            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-            await response.prepare(request)
-            await response.write(word("one"))
-            assert request.transport is not None
-            request.transport.abort()
-            return response
-
-        url = await pair.start(breaking)
-        async with client.post(url, json=BODY | {"stream": True}) as answer:
-            whole = (await answer.read()).split(b"\n\n")
-        assert whole[0] + b"\n\n" == word("one")
-        assert json.loads(whole[1][6:])["error"]["code"] == "replica_lost"
+        await check_broken_stream(client, await pair.start(breaking))
 
     scenario(run)
 
@@ -120,18 +108,42 @@ def test_stream_that_breaks_behind_the_other_gateway_ends_with_an_error() -> Non
 @pytest.mark.parametrize("length", [None, 100])
 def test_whole_answer_that_breaks_behind_the_other_gateway_is_not_taken_for_whole(length: int | None) -> None:
     async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
-        async def breaking(request: web.Request) -> web.StreamResponse:
+        async def half(request: web.Request) -> web.StreamResponse:
             response = web.StreamResponse(headers={"content-type": "application/json"})
             response.content_length = length
             await response.prepare(request)
             await response.write(b'{"choices": []}')
-            assert request.transport is not None
-            request.transport.abort()
+            await reset(request)
             return response
 
-        url = await pair.start(breaking)
+        url = await pair.start(half)
         async with client.post(url, json=BODY) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "replica_lost")
+
+    run_in(lambda: Pair(lost_s=0.1), run)
+
+
+@pytest.mark.parametrize(("engine", "calls"), [(busy, 1), (reset, 1), (None, 0)])
+def test_request_waits_for_other_routes_unless_the_instance_there_answered(engine: Engine | None, calls: int) -> None:
+    async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
+        called = 0
+
+        async def counted(request: web.Request) -> web.StreamResponse:
+            nonlocal called
+            called += 1
+            assert engine is not None
+            return await engine(request)
+
+        url = await pair.start(counted)
+        if engine is None:
+            pair.far.update(_routes(replicas={"far-1": closed_port()}))
+        news = pair.near.news
+        asking = asyncio.create_task(client.post(url, json=BODY))
+        if engine is not busy:
+            await until_waited_for(news)
+            pair.near.update(_routes(replicas={"near-1": await pair.engine(echo)}))
+        answer = await asking
+        assert (answer.status, called) == (503 if engine is busy else 200, calls)
 
     scenario(run)
 
@@ -139,26 +151,17 @@ def test_whole_answer_that_breaks_behind_the_other_gateway_is_not_taken_for_whol
 @pytest.mark.parametrize("who", ["caller", "key here", "key there"])
 def test_engine_stops_when_the_caller_leaves_or_its_key_ends_at_either_gateway(who: str) -> None:
     async def run(pair: Pair, client: aiohttp.ClientSession) -> None:
-        begun, ended = asyncio.Event(), asyncio.Event()
-
-        async def slow(request: web.Request) -> web.Response:
-            begun.set()
-            try:
-                await asyncio.sleep(60)
-            finally:
-                ended.set()
-            return web.Response()
-
+        slow = Slow()
         asking = asyncio.create_task(client.post(await pair.start(slow), json=BODY))
-        await begun.wait()
+        await slow.begun.wait()
         match who:
             case "caller":
                 asking.cancel()
             case "key here":
-                pair.proxy.end_requests("key")
+                pair.proxy.door.end_requests("key")
             case _:
-                pair.relay.end_requests("key")
-        await ended.wait()
+                pair.relay.door.end_requests("key")
+        await slow.ended.wait()
         await asyncio.gather(asking, return_exceptions=True)
 
     scenario(run)
@@ -173,7 +176,7 @@ def test_gateway_is_not_called_when_it_has_the_name_of_another_one() -> None:
         assert "certificate" in text.lower()
         assert pair.passed_by == []
 
-    scenario(run)
+    run_in(lambda: Pair(lost_s=0.1), run)
 
 
 async def _status(url: str, context: ssl.SSLContext | bool, key: str = "key", instance: str = "far-1") -> int:
@@ -208,6 +211,24 @@ def test_gateway_takes_no_request_without_a_certificate_and_a_key_of_the_node_th
         assert len(pair.passed_by) == asked
 
     scenario(run)
+
+
+def test_gateway_takes_no_requests_of_other_nodes_when_its_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> str:
+        gateway = Gateway()
+        certify(gateway._identity, NEAR)
+        runner = web.AppRunner(web.Application())
+        await runner.setup()
+        try:
+            return await gateway._listen_to_gateways(runner, "127.0.0.1")
+        finally:
+            await runner.cleanup()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("LATTICE_GATEWAY_PORT", str(port))
+        assert asyncio.run(run()) == ""
+    assert asyncio.run(run()) == f"127.0.0.1:{port}"
 
 
 def test_authority_signs_no_text_that_is_not_a_request_signed_by_its_key() -> None:

@@ -147,3 +147,10 @@ def test_a_program_without_a_token_goes_on() -> None:
     environment = {"A": "b"}
     secrecy.move_token(environment, ["python"])
     assert environment == {"A": "b"}
+
+
+def test_process_that_keeps_secrets_is_hidden_and_leaves_no_core_file() -> None:
+    code = "import ctypes, resource\nfrom lattice_worker import secrecy\nsecrecy.keep_secrets()\n"
+    code += "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.split() == ["0", "0", "0"]

@@ -22,8 +22,10 @@ _MODEL_PATTERNS: Sequence[tuple[FailureKind, str]] = (
     (FailureKind.KV_CACHE_TOO_SMALL, r"no available memory for the cache blocks"),
     (FailureKind.KV_CACHE_TOO_SMALL, r"to serve at least one request with the model's max seq len"),
     (FailureKind.DTYPE_UNSUPPORTED, r"bfloat16 is only supported on GPUs with compute capability"),
-    (FailureKind.MODEL_NOT_TRUSTED, r"trust[_-]remote[_-]code"),
+    # Tracebacks and usages show the name of the argument alone.
+    (FailureKind.MODEL_NOT_TRUSTED, r"trust_remote_code=True"),
     (FailureKind.MODEL_NOT_FOUND, r"invalid repository ID or local directory specified"),
+    (FailureKind.MODEL_NOT_FOUND, r"repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
     (FailureKind.MODEL_NOT_FOUND, r"is not a local folder and is not a valid model identifier"),
     (FailureKind.MODEL_NOT_FOUND, r"couldn't connect to 'https?://[^']*' to load the files"),
     (FailureKind.MODEL_NOT_FOUND, r"incorrect path_or_model_id|does not appear to have a file named config\.json"),

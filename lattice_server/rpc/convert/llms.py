@@ -39,14 +39,15 @@ def llm_from_proto(message: llm_pb2.LlmSpec) -> ServiceSpec:
         name=message.name,
         command=service_pb2.ServiceCommand(arguments=engine.command),
         resources=message.resources,
-        health=service_pb2.HealthCheck(http_path=message.health_path or engine.health_path),
+        health=message.health,
         node_selector=message.node_selector,
         environment=message.environment,
     )
     set_fields = {field.name for field, _ in message.ListFields()}
     for name in set_fields & {"replicas", "max_replicas", "concurrency"}:
         setattr(spec, name, getattr(message, name))
-    for name in set_fields & {"idle_timeout", "start_timeout"}:
+    spec.health.http_path = message.health.http_path or message.health_path or engine.health_path
+    for name in set_fields & {"idle_timeout", "start_timeout", "drain_timeout", "stop_grace"}:
         getattr(spec, name).CopyFrom(getattr(message, name))
     if not spec.HasField("concurrency") and engine.concurrency is not None:
         spec.concurrency = engine.concurrency

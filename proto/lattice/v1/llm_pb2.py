@@ -27,7 +27,7 @@ from lattice.v1 import resources_pb2 as lattice_dot_v1_dot_resources__pb2
 from lattice.v1 import service_pb2 as lattice_dot_v1_dot_service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lattice/v1/llm.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1alattice/v1/resources.proto\x1a\x18lattice/v1/service.proto\"\xf5\x05\n\x07LlmSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x15.lattice.v1.LlmEngine\x12\x0f\n\x07\x63ommand\x18\x04 \x03(\t\x12\x11\n\targuments\x18\x05 \x03(\t\x12(\n\tresources\x18\x06 \x01(\x0b\x32\x15.lattice.v1.Resources\x12\x15\n\x08replicas\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0cmax_replicas\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0b\x63oncurrency\x18\t \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x0b\x65nvironment\x18\x0b \x03(\x0b\x32$.lattice.v1.LlmSpec.EnvironmentEntry\x12<\n\rnode_selector\x18\x0c \x03(\x0b\x32%.lattice.v1.LlmSpec.NodeSelectorEntry\x12\x30\n\rstart_timeout\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bhealth_path\x18\x0e \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x0f \x01(\t\x12-\n\x07\x61pi_key\x18\x10 \x01(\x0b\x32\x1c.lattice.v1.EnvironmentValue\x12%\n\x06\x62udget\x18\x11 \x01(\x0b\x32\x15.lattice.v1.LlmBudget\x1aP\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.lattice.v1.EnvironmentValue:\x02\x38\x01\x1a\x33\n\x11NodeSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_replicasB\x0f\n\r_max_replicasB\x0e\n\x0c_concurrency\"\x81\x01\n\x0fStartLlmRequest\x12!\n\x04spec\x18\x01 \x01(\x0b\x32\x13.lattice.v1.LlmSpec\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x1e \x01(\t\"I\n\x10StartLlmResponse\x12$\n\x07service\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Service\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08*\x89\x01\n\tLlmEngine\x12\x1a\n\x16LLM_ENGINE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLLM_ENGINE_VLLM\x10\x01\x12\x1b\n\x17LLM_ENGINE_TRANSFORMERS\x10\x02\x12\x15\n\x11LLM_ENGINE_OPENAI\x10\x03\x12\x17\n\x13LLM_ENGINE_PROVIDER\x10\x04\x32S\n\nLlmService\x12\x45\n\x08StartLlm\x12\x1b.lattice.v1.StartLlmRequest\x1a\x1c.lattice.v1.StartLlmResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lattice/v1/llm.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1alattice/v1/resources.proto\x1a\x18lattice/v1/service.proto\"\xff\x06\n\x07LlmSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x15.lattice.v1.LlmEngine\x12\x0f\n\x07\x63ommand\x18\x04 \x03(\t\x12\x11\n\targuments\x18\x05 \x03(\t\x12(\n\tresources\x18\x06 \x01(\x0b\x32\x15.lattice.v1.Resources\x12\x15\n\x08replicas\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0cmax_replicas\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0b\x63oncurrency\x18\t \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x0b\x65nvironment\x18\x0b \x03(\x0b\x32$.lattice.v1.LlmSpec.EnvironmentEntry\x12<\n\rnode_selector\x18\x0c \x03(\x0b\x32%.lattice.v1.LlmSpec.NodeSelectorEntry\x12\x30\n\rstart_timeout\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bhealth_path\x18\x0e \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x0f \x01(\t\x12-\n\x07\x61pi_key\x18\x10 \x01(\x0b\x32\x1c.lattice.v1.EnvironmentValue\x12%\n\x06\x62udget\x18\x11 \x01(\x0b\x32\x15.lattice.v1.LlmBudget\x12\'\n\x06health\x18\x12 \x01(\x0b\x32\x17.lattice.v1.HealthCheck\x12\x30\n\rdrain_timeout\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nstop_grace\x18\x14 \x01(\x0b\x32\x19.google.protobuf.Duration\x1aP\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.lattice.v1.EnvironmentValue:\x02\x38\x01\x1a\x33\n\x11NodeSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_replicasB\x0f\n\r_max_replicasB\x0e\n\x0c_concurrency\"\x81\x01\n\x0fStartLlmRequest\x12!\n\x04spec\x18\x01 \x01(\x0b\x32\x13.lattice.v1.LlmSpec\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x1e \x01(\t\"I\n\x10StartLlmResponse\x12$\n\x07service\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Service\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08*\x89\x01\n\tLlmEngine\x12\x1a\n\x16LLM_ENGINE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLLM_ENGINE_VLLM\x10\x01\x12\x1b\n\x17LLM_ENGINE_TRANSFORMERS\x10\x02\x12\x15\n\x11LLM_ENGINE_OPENAI\x10\x03\x12\x17\n\x13LLM_ENGINE_PROVIDER\x10\x04\x32S\n\nLlmService\x12\x45\n\x08StartLlm\x12\x1b.lattice.v1.StartLlmRequest\x1a\x1c.lattice.v1.StartLlmResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,18 +39,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LLMSPEC_ENVIRONMENTENTRY']._serialized_options = b'8\001'
   _globals['_LLMSPEC_NODESELECTORENTRY']._loaded_options = None
   _globals['_LLMSPEC_NODESELECTORENTRY']._serialized_options = b'8\001'
-  _globals['_LLMENGINE']._serialized_start=1090
-  _globals['_LLMENGINE']._serialized_end=1227
+  _globals['_LLMENGINE']._serialized_start=1228
+  _globals['_LLMENGINE']._serialized_end=1365
   _globals['_LLMSPEC']._serialized_start=123
-  _globals['_LLMSPEC']._serialized_end=880
-  _globals['_LLMSPEC_ENVIRONMENTENTRY']._serialized_start=701
-  _globals['_LLMSPEC_ENVIRONMENTENTRY']._serialized_end=781
-  _globals['_LLMSPEC_NODESELECTORENTRY']._serialized_start=783
-  _globals['_LLMSPEC_NODESELECTORENTRY']._serialized_end=834
-  _globals['_STARTLLMREQUEST']._serialized_start=883
-  _globals['_STARTLLMREQUEST']._serialized_end=1012
-  _globals['_STARTLLMRESPONSE']._serialized_start=1014
-  _globals['_STARTLLMRESPONSE']._serialized_end=1087
-  _globals['_LLMSERVICE']._serialized_start=1229
-  _globals['_LLMSERVICE']._serialized_end=1312
+  _globals['_LLMSPEC']._serialized_end=1018
+  _globals['_LLMSPEC_ENVIRONMENTENTRY']._serialized_start=839
+  _globals['_LLMSPEC_ENVIRONMENTENTRY']._serialized_end=919
+  _globals['_LLMSPEC_NODESELECTORENTRY']._serialized_start=921
+  _globals['_LLMSPEC_NODESELECTORENTRY']._serialized_end=972
+  _globals['_STARTLLMREQUEST']._serialized_start=1021
+  _globals['_STARTLLMREQUEST']._serialized_end=1150
+  _globals['_STARTLLMRESPONSE']._serialized_start=1152
+  _globals['_STARTLLMRESPONSE']._serialized_end=1225
+  _globals['_LLMSERVICE']._serialized_start=1367
+  _globals['_LLMSERVICE']._serialized_end=1450
 # @@protoc_insertion_point(module_scope)

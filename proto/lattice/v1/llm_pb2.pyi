@@ -111,6 +111,9 @@ class LlmSpec(google.protobuf.message.Message):
     BASE_URL_FIELD_NUMBER: builtins.int
     API_KEY_FIELD_NUMBER: builtins.int
     BUDGET_FIELD_NUMBER: builtins.int
+    HEALTH_FIELD_NUMBER: builtins.int
+    DRAIN_TIMEOUT_FIELD_NUMBER: builtins.int
+    STOP_GRACE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Names the model and its service; requests name it as their model. See `ServiceSpec.name`."""
     model: builtins.str
@@ -165,6 +168,20 @@ class LlmSpec(google.protobuf.message.Message):
     def budget(self) -> lattice.v1.service_pb2.LlmBudget:
         """How much of it may be used; unset means without limits."""
 
+    @property
+    def health(self) -> lattice.v1.service_pb2.HealthCheck:
+        """How often an instance that is ready is checked, for how long, and how often that may fail. Its path takes precedence
+        over `health_path`.
+        """
+
+    @property
+    def drain_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """See `ServiceSpec.drain_timeout`."""
+
+    @property
+    def stop_grace(self) -> google.protobuf.duration_pb2.Duration:
+        """See `ServiceSpec.stop_grace`."""
+
     def __init__(
         self,
         *,
@@ -185,9 +202,12 @@ class LlmSpec(google.protobuf.message.Message):
         base_url: builtins.str = ...,
         api_key: lattice.v1.service_pb2.EnvironmentValue | None = ...,
         budget: lattice.v1.service_pb2.LlmBudget | None = ...,
+        health: lattice.v1.service_pb2.HealthCheck | None = ...,
+        drain_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        stop_grace: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "budget", b"budget", "concurrency", b"concurrency", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "arguments", b"arguments", "base_url", b"base_url", "budget", b"budget", "command", b"command", "concurrency", b"concurrency", "engine", b"engine", "environment", b"environment", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "budget", b"budget", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "arguments", b"arguments", "base_url", b"base_url", "budget", b"budget", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "engine", b"engine", "environment", b"environment", "health", b"health", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
     @typing.overload

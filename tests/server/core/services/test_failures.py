@@ -30,6 +30,7 @@ VLLM = [
             "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0.",
             FailureKind.DTYPE_UNSUPPORTED,
         ),
+        ("Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/m'", FailureKind.MODEL_NOT_FOUND),
         ("Please pass the argument `trust_remote_code=True` to allow custom code", FailureKind.MODEL_NOT_TRUSTED),
         ("ValueError: Invalid repository ID or local directory specified: '/m'", FailureKind.MODEL_NOT_FOUND),
         ("OSError: x is not a local folder and is not a valid model identifier", FailureKind.MODEL_NOT_FOUND),
@@ -43,6 +44,13 @@ def test_failure_of_an_engine_is_the_cause_it_wrote_before_its_consequences(line
     assert found.kind is kind
     assert line in found.message
     assert found.last_lines == tuple(lines)
+
+
+@pytest.mark.parametrize(
+    "line", ["    load(trust_remote_code=self.trust_remote_code)", "│ --trust-remote-code  --no-trust-remote-code │"]
+)
+def test_name_of_an_argument_in_code_or_in_a_usage_is_no_cause(line: str) -> None:
+    assert failure_of(1, 0, [line], is_engine=True).kind is FailureKind.EXITED
 
 
 def test_failure_of_any_other_program_is_not_searched_for_causes_of_engines() -> None:
