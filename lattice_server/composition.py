@@ -264,8 +264,7 @@ def rpc_server(
     )
     if metrics is not None:
         workers.observe(metrics.workers.note_runners, on_error)
-    answers = _durable_answers(engine)
-    tasks = TaskServicer(orchestrator, parser, cache)
+    answers, tasks = _durable_answers(engine), TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
