@@ -19,6 +19,7 @@ from lattice_server.composition import Engine, authentication_of, executor_of, m
 from lattice_server.config import ServerConfig
 from lattice_server.core.errors import UnavailableError
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.run_logging import TaskOutputLog
 from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.garbage import GarbageCollection
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
@@ -64,6 +65,8 @@ class App:
         self._authentication = authentication_of(config)
         self._tracing = tracing_of(config, self._engine)
         self._metrics = metrics_of(config, self._engine)
+        if config.task_output == "log":
+            self._engine.orchestrator.observers.append(TaskOutputLog())
         parts = (self._authentication, self._describe, self._metrics, self._tracing)
         self._rpc, self._workers = rpc_server(config, self._engine, self._executor, *parts)
 

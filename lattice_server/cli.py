@@ -13,7 +13,7 @@ import psutil
 import uvloop
 
 from lattice_server import MAY_SERVE, logs, pidfile, security
-from lattice_server.config import METRICS, TRACES, ServerConfig
+from lattice_server.config import METRICS, TASK_OUTPUT, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.flags import Flags, noting, secured
 from lattice_server.joining import become_worker
@@ -124,6 +124,11 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     type=click.Choice(logs.FORMATS),
     envvar="LATTICE_LOG_FORMAT",
     help="Log lines as text, or as one JSON object each.",
+)
+@click.option(
+    "--task-output",
+    type=click.Choice(TASK_OUTPUT),
+    help="Where text that tasks print goes: to the events of their runs, or also to the log.",
 )
 def start(**given: Any) -> None:
     """Start a Lattice server on this machine, or have the machine join one, until Ctrl-C or `lattice stop`."""

@@ -21,6 +21,7 @@ MIN_MESSAGE_TASKS = 1000
 # How metrics and traces are exported.
 METRICS = ("none", "prometheus", "otlp", "otlp-http", "console")
 TRACES = ("none", "otlp", "otlp-http", "console")
+TASK_OUTPUT = ("events", "log")
 
 
 @frozen
@@ -84,6 +85,7 @@ class ServerConfig:
     all, and none that ended more than `journal_age_s` ago.
 
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
+    With `task_output` `log`, text that tasks print is in the log too, and not only in the events of their runs.
     """
 
     host: str = bounded("127.0.0.1", is_flag=True)
@@ -145,6 +147,7 @@ class ServerConfig:
     journal_age_s: float = bounded(7 * 86_400.0, is_positive=True)
     log_format: str = bounded("text", choices=logs.FORMATS)
     log_level: str = bounded("warning", choices=logs.LEVELS)
+    task_output: str = bounded("events", choices=TASK_OUTPUT)
 
     def address(self, port: int) -> str:
         """Return `host:port`."""

@@ -54,11 +54,17 @@ class Flags:
     journal_sync: str | None
     log_level: str | None
     log_format: str | None
+    task_output: str | None
 
     def logging(self, config: ServerConfig) -> ServerConfig:
         """Return a configuration with the flags of the log."""
         level = self.log_level or ("info" if self.verbose else config.log_level)
-        return replace(config, log_level=level, log_format=self.log_format or config.log_format)
+        return replace(
+            config,
+            log_level=level,
+            log_format=self.log_format or config.log_format,
+            task_output=self.task_output or config.task_output,
+        )
 
     def gateways(self, config: ServerConfig) -> ServerConfig:
         """Return a configuration with the port of gateways, which workers that are started here find."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_client import LatticeClient, RunError, UnauthenticatedError, task
+from lattice_client import LatticeClient, RunError, UnauthenticatedError, secret, task
 from lattice_client import logs as client_logs
 from lattice_server import logs
 from lattice_worker import logs as worker_logs
@@ -105,6 +105,14 @@ def fail() -> None:
     raise ValueError("what-the-user-wrote")
 
 
+def speak(key: str) -> None:
+    import os
+    import sys
+
+    print(f"one {key}\ntwo\x1b[2J", os.environ["KEY"])
+    print("three", file=sys.stderr)
+
+
 @pytest.mark.slow
 def test_a_server_and_its_worker_log_json_with_ids_and_no_secrets(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("a-token-of-callers-1234567890\n")
@@ -140,3 +148,34 @@ def test_a_server_and_its_worker_log_json_with_ids_and_no_secrets(tmp_path: Path
     assert about["the run ended as failed: user_error"]["level"] == "INFO"
     assert about["the attempt starts"].keys() >= {"lease_id", "task_id", "attempt"}
     assert any(r["message"] == "the worker joined" and r["session_id"] and r["node_id"] == "local" for r in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_printed_text_is_logged_when_the_operator_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wanted: bool
+) -> None:
+    monkeypatch.setenv("KEY", "canary-of-a-secret")
+    command = [*START, "--head", "--port", "0", "--executor", "local", "--num-cpus", "1", "--log-format", "json"]
+    with (tmp_path / "log").open("w") as file:
+        wanted = ["--task-output", "log"] if is_wanted else []
+        server = subprocess.Popen([*command, *wanted], stdout=subprocess.PIPE, stderr=file, text=True)
+        try:
+            assert server.stdout is not None
+            with LatticeClient(server.stdout.readline().strip().rpartition(" ")[2]) as client:
+                workflow = client.create_workflow()
+                workflow.add_task(task(env={"KEY": secret("KEY")})(speak), {"key": "x"})
+                run = workflow.run()
+                run.result(timeout=60)
+        finally:
+            server.terminate()
+            server.wait(30)
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    found = {r["message"]: r for r in records if r["logger"].startswith("lattice_server.task.")}
+    if not is_wanted:
+        assert not found
+        return
+    assert list(found) == ["one x", "two\x1b[2J ***", "three"]
+    ids = {"run_id": run.run_id, "task_id": "speak", "attempt": 1, "node_id": "local"}
+    assert [{name: record.get(name) for name in ids} for record in found.values()] == [ids] * 3
+    assert [record["logger"].rpartition(".")[2] for record in found.values()] == ["stdout", "stdout", "stderr"]
