@@ -49,7 +49,8 @@ def children_of(pid: int) -> list[int]:
 
 def _listed_children(pid: int) -> list[int]:
     found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # A thread that ended meanwhile.
-            found += map(int, path.read_text().split())
+    with contextlib.suppress(OSError):  # The process ended meanwhile, after its folder was found.
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # A thread that ended meanwhile.
+                found += map(int, path.read_text().split())
     return found

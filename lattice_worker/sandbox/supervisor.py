@@ -4,6 +4,7 @@ Rule: no code is sent before `verify` has accepted the facts that the process re
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ from lattice_worker.sandbox.cpu import ProcessorTime
 from lattice_worker.sandbox.memory_groups import MemoryGroup, MemoryGroups
 from lattice_worker.sandbox.policy import MIB, Policy
 from lattice_worker.sandbox.results import require_values
+
+log = logging.getLogger(__name__)
 
 WATCH_S = 0.05
 
@@ -97,6 +100,7 @@ class Supervisor:
                 return
         watching = self._watch(pid, limit_bytes, self.policy.cpu_s * cpus, on_excess)
         self._watching = asyncio.get_running_loop().create_task(watching)
+        self._watching.add_done_callback(lambda ended: _end_unwatched(ended, on_excess))
 
     async def _watch(self, pid: int, limit_bytes: int, limit_s: int, on_excess: Callable[[str, str], None]) -> None:
         # Neither gives notice of its growth. With a group the kernel kills one process, and the others are ended here.
@@ -148,3 +152,10 @@ class Supervisor:
         if self._scratch:
             # By descriptors, so that links lead nowhere.
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _end_unwatched(watching: asyncio.Task[None], on_excess: Callable[[str, str], None]) -> None:
+    """End a process whose memory and time cannot be measured."""
+    if not watching.cancelled() and (error := watching.exception()) is not None:
+        log.error("a sandbox can no longer be watched", exc_info=error)
+        on_excess("internal", f"its memory and processor time could not be measured: {type(error).__name__}: {error}")

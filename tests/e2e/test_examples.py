@@ -147,11 +147,11 @@ def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
             with suppress(httpx.ReadTimeout):
                 web.get("/count", params={"words": "left", "seconds": 600}, timeout=1.0)
             with web.stream("GET", "/stream", params={"words": "or not " * 99, "seconds": 0.2}) as answer:
-                streamed = client.getrun_example(answer.headers["run-id"])
+                streamed = client.get_run(answer.headers["run-id"])
                 assert next(answer.iter_text()) == "or "
             (counted,) = [run for run in client.list_runs(5) if run.display_name == "count"][:1]
             for run, why in (
-                (client.getrun_example(counted.run_id), "its caller was disconnected"),
+                (client.get_run(counted.run_id), "its caller was disconnected"),
                 (streamed, "client left"),
             ):
                 with pytest.raises(RunCancelledError, match=why):

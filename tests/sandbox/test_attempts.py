@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lattice_worker.sandbox import memory
 from lattice_worker.sandbox.memory import tree
 from lattice_worker.sandbox.policy import LEVELS, MIB, SECCOMP, SUBPROCESS, Policy, interpreter_environment, policy_of
 from tests.sandbox import attempts
@@ -202,6 +203,21 @@ def test_sandbox_is_ended_when_its_children_use_too_much_processor_time(
 
     status, excess = asyncio.run(_in_boxes(tmp_path, small(level), act))
     assert (status, excess.startswith("cpu_time: "), "the limit is 1 s" in excess) == (-signal.SIGKILL, True, True)
+
+
+def test_sandbox_is_ended_when_it_can_no_longer_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(box: Box) -> tuple[int, str]:
+        def fail(*_: object) -> int:
+            raise ValueError("no figure")
+
+        monkeypatch.setattr(memory, "used_bytes", fail)
+        box.watch(200 * MIB)
+        box.send(functools.partial(time.sleep, 600))
+        return await box.end(), box.excess
+
+    status, excess = asyncio.run(_in_boxes(tmp_path, small("subprocess"), act))
+    assert status == -signal.SIGKILL
+    assert excess == "internal: its memory and processor time could not be measured: ValueError: no figure"
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86-64 has a second table of calls")

@@ -1,5 +1,8 @@
 """The children of a process, as the kernel lists them."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from lattice_worker.runner import process_tree
@@ -17,3 +20,12 @@ def test_a_process_whose_children_always_change_is_listed_a_bounded_number_of_ti
     listings = [[number] for number in range(1000)]
     monkeypatch.setattr(process_tree, "_listed_children", lambda pid: listings.pop(0))
     assert process_tree.children_of(7) == [process_tree.MAX_LISTINGS]
+
+
+def test_a_process_that_ends_while_its_children_are_listed_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanish(self: Path, pattern: str) -> Iterator[Path]:
+        yield self / "7" / "children"
+        raise FileNotFoundError(str(self))
+
+    monkeypatch.setattr(Path, "glob", vanish)
+    assert process_tree.children_of(2**22 + 1) == []
