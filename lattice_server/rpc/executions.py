@@ -1,18 +1,21 @@
 """Serves the streams of `WorkflowService.ExecuteWorkflows`, each of which starts any number of runs.
 
 Rule: a refused run is a message, and the stream stays open. Requests are taken one after the other; runs end in any
-order. A caller that does not read its answers has at most `MAX_OPEN` runs on a stream, whose results stay in the runs.
+order. A large result is made while others are sent. A caller that does not read its answers has at most `MAX_OPEN` runs
+on a stream, whose results stay in the runs.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from google.protobuf.message import Message
-from lattice.v1 import task_pb2, workflow_pb2
+from lattice.v1 import results_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
 from lattice_server.engine.orchestrator import Orchestrator
@@ -26,6 +29,8 @@ from lattice_server.rpc.statuses import internal_error, refusal_of
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 4096
+# A result of more tasks takes milliseconds to make.
+LARGE_TASKS = 100
 Requests = AsyncIterator[workflow_pb2.ExecuteWorkflowsRequest]
 Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
 RunTask = Callable[[task_pb2.RunTaskRequest], Awaitable[task_pb2.RunTaskResponse]]
@@ -56,7 +61,7 @@ class ExecutionStreams:
 
     async def serve(self, requests: Requests) -> AsyncGenerator[Response]:
         """Serve one stream. Raises LatticeError for a message that is too large or cannot be read."""
-        stream = _Stream(*self._handlers, is_read=self._is_stopping)
+        stream = _Stream(self._result_of, *self._handlers, is_read=self._is_stopping)
         self._streams.add(stream)
         reading = asyncio.create_task(stream.read(requests))
         try:
@@ -64,15 +69,17 @@ class ExecutionStreams:
                 if isinstance(found, Response):
                     yield found
                     continue
-                number, entry = found
-                yield Response(number=number, ended=await result_to_proto(entry, self._slices))
-                self._orchestrator.ended.note_read(entry)
+                yield Response(number=found.number, ended=await (found.making or self._result_of(found.entry)))
+                self._orchestrator.ended.note_read(found.entry)
             if reading.done():
                 reading.result()
         finally:
             self._streams.discard(stream)
             reading.cancel()
             stream.close()
+
+    async def _result_of(self, entry: RunEntry) -> results_pb2.GetResultResponse:
+        return await result_to_proto(entry, self._slices)
 
     def stop(self) -> None:
         """Take no more requests, and end the streams that wait for no run."""
@@ -81,11 +88,27 @@ class ExecutionStreams:
             stream.finish()
 
 
+@dataclass(slots=True)
+class _Ended:
+    """A run that has ended. Its result is being made if it is large, and otherwise when it is sent."""
+
+    number: int
+    entry: RunEntry
+    is_large: bool
+    making: "asyncio.Task[results_pb2.GetResultResponse] | None" = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be sent now."""
+        return not self.is_large or (self.making is not None and self.making.done())
+
+
 class _Stream:
     """One stream: takes requests, and has the responses that are due."""
 
     def __init__(
         self,
+        result_of: Callable[[RunEntry], Coroutine[Any, Any, results_pb2.GetResultResponse]],
         start: Start,
         run_task: RunTask,
         recall: Recall | None,
@@ -94,13 +117,13 @@ class _Stream:
         *,
         is_read: bool,
     ) -> None:
+        self._result_of = result_of
         self._start = start
         self._run_task = run_task
         self._recall = recall
         self._tethers = tethers
         self._on_error = on_error
-        # Responses, and ended runs, whose responses are made when they are sent.
-        self._due: deque[Response | tuple[int, RunEntry]] = deque()
+        self._due: deque[Response | _Ended] = deque()
         self._open: dict[int, Callable[[], object]] = {}  # How each run on the stream is left.
         self._news = asyncio.Event()
         self._is_read = is_read
@@ -122,15 +145,29 @@ class _Stream:
         """Leave the runs on the stream, which continue."""
         for leave in self._open.values():
             leave()
+        for due in self._due:
+            if isinstance(due, _Ended) and due.making is not None:
+                due.making.cancel()
 
-    async def next(self) -> Response | tuple[int, RunEntry] | None:
+    async def next(self) -> Response | _Ended | None:
         """Wait for a response, or an ended run; None at the end of the stream."""
-        while not self._due:
-            if self._is_read and not self._open:
+        while True:
+            for position, due in enumerate(self._due):
+                if isinstance(due, Response) or due.is_ready:
+                    del self._due[position]
+                    return due
+            if self._due:
+                self._make(self._due[0])
+            elif self._is_read and not self._open:
                 return None
             self._news.clear()
             await self._news.wait()
-        return self._due.popleft()
+
+    def _make(self, due: "Response | _Ended") -> None:
+        """Have a large result made. One at a time, which a caller that does not read keeps from being sent."""
+        if isinstance(due, _Ended) and due.making is None:
+            due.making = asyncio.create_task(self._result_of(due.entry))
+            due.making.add_done_callback(lambda _: self._news.set())
 
     async def _take(self, request: workflow_pb2.ExecuteWorkflowsRequest) -> None:
         number = request.number
@@ -165,7 +202,8 @@ class _Stream:
 
     def _end(self, number: int, entry: RunEntry) -> None:
         self._open.pop(number)()
-        self._put((number, entry))
+        is_large = len(entry.run.final_task_ids()) > LARGE_TASKS
+        self._put(_Ended(number, entry, is_large))
 
     async def _answer(self, number: int, request: task_pb2.RunTaskRequest) -> None:
         try:
@@ -175,7 +213,7 @@ class _Stream:
         del self._open[number]
         self._put(response)
 
-    def _put(self, due: Response | tuple[int, RunEntry]) -> None:
+    def _put(self, due: Response | _Ended) -> None:
         self._due.append(due)
         self._news.set()
 

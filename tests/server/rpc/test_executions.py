@@ -1,7 +1,9 @@
 """Runs that are started over one stream: each is answered by its number, and the stream outlives refusals."""
 
+import asyncio
 import contextlib
 import queue
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,33 @@ def test_runs_end_in_any_order(busy: Caller) -> None:
     busy.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=slow))
     (ended,) = stream.hear("ended")
     assert (ended.number, ended.ended.run.state) == (1, run_pb2.RUN_STATE_CANCELLED)
+
+
+def test_a_large_result_delays_no_other_answer(busy: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_slow, make = threading.Event(), executions.result_to_proto
+
+    async def result_to_proto(entry: Any, slices: Any) -> Any:
+        while len(entry.run.tasks) > 1 and is_slow.is_set():
+            await asyncio.sleep(0.01)
+        return await make(entry, slices)
+
+    monkeypatch.setattr(executions, "LARGE_TASKS", 1)
+    monkeypatch.setattr(executions, "result_to_proto", result_to_proto)
+    is_slow.set()
+    stream = Stream(busy)
+    for number in (1, 2):
+        spec = graph(task("a"), task("b"))
+        stream.say(number, run=workflow_pb2.RunWorkflowRequest(workflow=spec))
+        stream.hear("accepted")
+    for number in (3, 4):
+        stream.run(number)
+        assert [found.number for found in stream.hear("accepted", "ended")] == [number, number]
+    stream.hang_up()
+    is_slow.clear()
+    ended = stream.hear("ended", "ended")
+    assert [found.number for found in ended] == [1, 2]
+    assert [[one.task_id for one in found.ended.final_tasks] for found in ended] == [["a", "b"]] * 2
+    assert next(stream.call, None) is None
 
 
 def test_a_task_is_answered_once_when_it_has_ended(busy: Caller) -> None:
