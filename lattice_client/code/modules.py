@@ -7,6 +7,7 @@ folders and in zip archives.
 import functools
 import importlib.util
 import os
+import stat
 import sys
 import sysconfig
 import zipfile
@@ -128,10 +129,12 @@ def _below(path: str) -> Iterator[tuple[str, File]]:
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if _is_wanted(f) and not os.path.exists(f"{folder}/{f}/pyvenv.cfg"))
+        below = os.path.relpath(folder, path)
+        prefix = "" if below == os.curdir else f"{below}{os.sep}"
         for name in sorted(filter(_is_wanted, names)):
             full = os.path.join(folder, name)
-            if os.path.isfile(full) and (state := _state(full)) is not None:
-                yield os.path.relpath(full, path), File(full, "", state.st_mtime_ns, state.st_size)
+            if (state := _state(full)) is not None and stat.S_ISREG(state.st_mode):
+                yield prefix + name, File(full, "", state.st_mtime_ns, state.st_size)
 
 
 def _is_wanted(name: str) -> bool:
