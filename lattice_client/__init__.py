@@ -1,6 +1,6 @@
 """The Python client: declares workflows, runs them and reads their results.
 
-A name is imported when it is first used, so that a program, a task or a command imports only what it uses. A module of
+A name is imported when it is first used, so that a program, a task or a command imports few modules. A module of
 tasks needs no gRPC.
 """
 

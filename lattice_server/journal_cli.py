@@ -21,7 +21,7 @@ place = click.argument("place", metavar="FOLDER|URL", envvar="LATTICE_JOURNAL")
 
 @click.group()
 def journal() -> None:
-    """Check, copy or export what a server has recorded; see docs/durability.md."""
+    """Check, copy or export the records of a server; see docs/durability.md."""
 
 
 @journal.command()

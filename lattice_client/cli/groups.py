@@ -1,4 +1,4 @@
-"""Owns the groups of commands, and what a command prints that failed. Rule: a command is imported when it is used."""
+"""Owns the groups of commands, and the text that a failed command prints. Rule: commands are imported when used."""
 
 import errno
 import logging
@@ -23,7 +23,7 @@ ENTRY_POINTS = "lattice.commands"
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used.
 
-    `lazy` has the place of each command, `module:name`, and what the list of commands says about it.
+    `lazy` has the place of each command, `module:name`, and its text in the list of commands.
     """
 
     def __init__(self, *given: Any, lazy: Mapping[str, tuple[str, str]], **named: Any) -> None:

@@ -20,7 +20,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.logs import MAX_TEXT
 
 log = logging.getLogger(__name__)
-# Of the text that tasks print. Their records are written whatever the level of the log is.
+# Of the text that tasks print. Their records are written at every level of the log.
 STDOUT, STDERR = logging.getLogger("lattice_server.task.stdout"), logging.getLogger("lattice_server.task.stderr")
 
 
@@ -59,7 +59,7 @@ class TaskOutputLog:
         self._begun: dict[str, dict[tuple[str, bool], tuple[TaskLogged, str]]] = {}
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
-        """Log the lines that a fact about output completes, or those that the end of a task or a run leaves."""
+        """Log the lines that a fact about output completes, and at the end of a task or a run its last line."""
         match fact:
             case TaskLogged():
                 self._take(entry, fact)

@@ -23,7 +23,7 @@ from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import functions_of
 from lattice_server.engine.workflow_restorer import code_of
 
-# What is raised for a run whose records are damaged, or do not fit together.
+# The errors of a run whose records are damaged, or do not fit together.
 UNREADABLE = (JournalDamagedError, RestorationError, LatticeError, ValueError, KeyError)
 # Workflows that were read, by the tenant and the digest of the definition.
 Specs = dict[tuple[str, bytes], WorkflowSpec]

@@ -65,7 +65,7 @@ def _copy_database(folder: Path, draft: Path) -> set[str]:
 
 
 def _copy_values(folder: Path, draft: Path, named: set[str]) -> set[str]:
-    """Copy the values that are not there yet; return those that the journal does not have either."""
+    """Copy the values that are not there yet; return the names of values that the journal lacks too."""
     missing = set()
     for name in named - set(os.listdir(draft / VALUES)):
         try:

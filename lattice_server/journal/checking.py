@@ -34,7 +34,7 @@ class JournalCheck:
     _code: dict[str, str] = field(default_factory=dict)  # The damage of each digest; "" for undamaged code.
 
     def damages(self) -> Iterator[Damage]:
-        """Read all records; yield what is damaged. Values in files are compared with their digests."""
+        """Read all records; yield each damage. Values in files are compared with their digests."""
         for text in self.journal.damaged_pages():
             yield Damage("database", text)
         try:
@@ -86,7 +86,7 @@ class JournalCheck:
 
 
 def runs_of(reader: JournalReader) -> Iterator[StoredRun]:
-    """Yield all runs: those that have ended, the newest first, then the others, the oldest first."""
+    """Yield all runs: ended runs, the newest first, then live runs, the oldest first."""
     before = None
     while found := reader.ended_runs(before=before, limit=PAGE_RUNS):
         yield from found

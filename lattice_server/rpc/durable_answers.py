@@ -18,14 +18,14 @@ from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.rpc import callers
 
 Method = Callable[[Any, Any], Any]
-# What is answered before all live runs are restored, besides calls that name a run.
+# Requests that are answered before all live runs are restored, besides calls that name a run.
 OF_NO_RUN = (
     cluster_pb2.GetServerInfoRequest,
     cluster_pb2.ListNodesRequest,
     workflow_pb2.GetWorkflowRequest,
     workflow_pb2.ListWorkflowsRequest,
 )
-# Their run is only one of those that they need.
+# They need more runs than the one that they name.
 OF_SEVERAL_RUNS = (workflow_pb2.DeleteRunRequest, workflow_pb2.RetryRunRequest)
 
 

@@ -1,5 +1,5 @@
-"""Owns what all handlers share: the type of their context, how long a stream waits for its peer to end it, and who is
-told of errors."""
+"""Owns the common parts of handlers: the type of their context, how long a stream waits for its peer to end it, and
+the type of functions that are told of errors."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,4 +1,4 @@
-"""Makes the exporters of OpenTelemetry and bounds what they do. Rule: their packages are imported when one is made."""
+"""Makes the exporters of OpenTelemetry, with limits. Rule: their packages are imported when one is made."""
 
 import asyncio
 import logging

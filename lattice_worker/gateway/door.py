@@ -120,6 +120,6 @@ class Door:
 
 
 def cut(request: web.Request) -> None:
-    """Break the connection of a request: its other end must not take what it has for a whole answer."""
+    """Break the connection of a request: its other end must not take a part of the answer for the whole."""
     if request.transport is not None:
         request.transport.abort()

@@ -31,7 +31,7 @@ class AnswerTooLargeError(Exception):
 
 
 def session() -> aiohttp.ClientSession:
-    """Return what makes requests to engines, providers and other gateways."""
+    """Return the client for requests to engines, providers and other gateways."""
     # A connection for each request: an instance counts its open connections as requests.
     connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_socket)
     timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-# A node that is gone without a word is noticed after about so long: IDLE_S and PROBES times INTERVAL_S.
+# A node that disappears is noticed after about IDLE_S and PROBES times INTERVAL_S.
 IDLE_S, INTERVAL_S, PROBES = 5, 2, 3
 
 
@@ -55,7 +55,7 @@ def name_in(certificate: Mapping[str, Any] | None) -> str:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have a connection, or those that a socket accepts, break when the other machine does not answer any more."""
+    """Have a connection, or all connections that a socket accepts, break when the other machine no longer answers."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, IDLE_S), (socket.TCP_KEEPINTVL, INTERVAL_S)):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)

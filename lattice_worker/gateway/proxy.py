@@ -159,7 +159,7 @@ class Proxy:
         headers = passed(request.headers, route)
         secured: dict[str, Any] = {}
         if target.gateway:
-            # The gateway there asks the server what the key is for, and has that of the engine.
+            # The gateway there asks the server for the model of the key, and has the key of the engine.
             headers |= {"authorization": f"Bearer {request[KEY]}", INSTANCE_HEADER: instance_id}
             secured = {"ssl": self.to_gateways or True, "server_hostname": target.gateway}
         url = target.url(request.path_qs)

@@ -1,4 +1,4 @@
-"""A request on its way to an engine or a provider, and what is learned of its answer."""
+"""A request on its way to an engine or a provider, and the facts that its answer tells."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ class Sent:
     """One request.
 
     Attributes:
-        body: what the caller sent.
-        note: is called when the answer to a permitted request begins, with what it tells of limits; None for a model
-            without a budget.
+        body: the body of the caller's request.
+        note: is called with the limits in the head of the answer to a permitted request; None for a model without a
+            budget.
         counts_tokens: whether its budget has a limit of tokens.
-        is_last: whether it is not made again, so that its caller gets the answer, whatever it is.
+        is_last: whether it is not made again, so that its caller gets any answer.
         usage: the tokens that it used.
         limited: that it was refused because of a limit.
     """

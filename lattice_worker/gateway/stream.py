@@ -21,7 +21,7 @@ class EventError(Exception):
 
 
 class Watch:
-    """Reads a stream of server-sent events as it passes; with `hides_usage` without those that only report it."""
+    """Reads a stream of server-sent events as it passes; with `hides_usage` without events that only report usage."""
 
     def __init__(self, *, hides_usage: bool = False) -> None:
         self._rest = b""

@@ -39,7 +39,7 @@ class Tries:
 
     @property
     def are_over(self) -> bool:
-        """Whether no other instance is to be tried: the request itself may be what ends them."""
+        """Whether no other instance is to be tried: the request itself may end each of them."""
         return self._sent >= MAX_SENT
 
     @property

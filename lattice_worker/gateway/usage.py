@@ -19,7 +19,7 @@ MANY_ANSWERS = ("n", "best_of")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The tokens of a request before its answer; `prompt` is not corrected by what was learned."""
+    """The tokens of a request before its answer; `prompt` is not corrected by earlier answers."""
 
     prompt: int
     tokens: int
@@ -27,7 +27,7 @@ class Estimate:
 
 @dataclass(slots=True)
 class Usage:
-    """The tokens that an answer used: those that it reports, or else one for each chunk of a stream."""
+    """The tokens that an answer used: the reported tokens, or else one for each chunk of a stream."""
 
     prompt: int | None = None
     output: int | None = None
@@ -59,14 +59,14 @@ OUTPUTS = ("completion_tokens", "output_tokens")
 
 
 class Estimates:
-    """Estimates the requests of one model by those that were answered."""
+    """Estimates the requests of one model by its earlier requests."""
 
     def __init__(self) -> None:
         self._ratios: deque[float] = deque(maxlen=LEARNED)
         self._outputs: deque[int] = deque(maxlen=LEARNED)
 
     def of(self, body: Mapping[str, Any], path: str, limit: int | None) -> Estimate:
-        """Return an estimate. Without a maximum of its own the output is at most what is left of the `limit`."""
+        """Return an estimate. Without a maximum of its own the output is at most the rest of the `limit`."""
         prompt = sum(_size(body[name]) for name in TEXTS & body.keys())
         ratio = _high(self._ratios) if self._ratios else FIRST_RATIO
         tokens = math.ceil(prompt * ratio)
@@ -80,7 +80,7 @@ class Estimates:
         return Estimate(prompt, tokens + usual if limit is None else max(tokens, min(tokens + usual, limit)))
 
     def learn(self, estimate: Estimate, usage: Usage) -> None:
-        """Take what an answer used."""
+        """Learn from the usage of an answer."""
         if usage.prompt is not None and usage.output is not None:
             self._outputs.append(usage.output)
             if estimate.prompt:

@@ -1,7 +1,7 @@
 """Owns the certificates by which gateways know each other. Rule: its key never leaves this process, and ends with it.
 
-A certificate names one start of one gateway. A gateway that is shown one asks the server what it is for, so that the
-certificate of a gateway that has ended is worth nothing.
+A certificate names one start of one gateway. A gateway asks the server about each certificate it is
+shown, so that the certificate of an ended gateway is worth nothing.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -37,7 +37,7 @@ class Authority:
         if not is_valid or not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError("a request for a certificate has to be signed by its own key of an elliptic curve")
         uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        # What the request says of names and uses is not taken.
+        # Names and uses in the request are ignored.
         made = (
             _builder(x509.Name([]), key)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=True)

@@ -1,7 +1,7 @@
-"""Owns the budgets of models, and what gateways are told of them, on the main thread.
+"""Owns the budgets of models, and tells gateways of them, on the main thread.
 
-A gateway reports by a question that is answered at once: the requests that it would make, those whose answer has begun,
-and those that have ended. Another question is answered with the requests that it may make.
+A gateway reports by a question that is answered at once: the requests that it would make, the requests whose
+answer has begun, and the requests that have ended. Another question is answered with the requests that it may make.
 
 Rule: models of one provider with the same URL, model and key share a budget; it is forgotten once nothing counts.
 """
@@ -25,7 +25,7 @@ Key = tuple[str, ...]
 
 @dataclass(slots=True, eq=False)
 class Gateway:
-    """What one gateway has yet to be told: the requests that it may make. `question` is open if it waits for some."""
+    """The requests that one gateway may make and was not told of yet. `question` is open if it waits for some."""
 
     question: QuestionAsked | None = None
     permitted: list[str] = field(default_factory=list)
@@ -162,7 +162,7 @@ def _left(told: list[float] | None) -> Left | None:
 
 
 def of_route(spec: ServiceSpec) -> Mapping[str, Any]:
-    """Return what a gateway has to know of the budget of a model."""
+    """Return the facts about the budget of a model that a gateway needs."""
     return {"has_budget": spec.budget is not None, "tokens": None if spec.budget is None else spec.budget.tokens}
 
 

@@ -1,4 +1,4 @@
-"""Owns what the scheduler knows of services, and how many of its tasks need each; on the main thread."""
+"""Owns the scheduler's view of services, and how many of its tasks need each; on the main thread."""
 
 from collections.abc import Callable, Sequence
 
