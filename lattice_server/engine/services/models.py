@@ -56,7 +56,7 @@ class Models:
         return True
 
     def _tell_key(self, question: QuestionAsked) -> None:
-        """Tell a gateway the model of a key, if the attempt runs on its node, or on the node of a gateway that asks it."""
+        """Tell a gateway the model of a key of an attempt on its node, or on the node of the gateway that passed it."""
         content = answers.content_of(question)
         passed_by = str(content.get("gateway", ""))
         node_id = self._gateways.node_named(passed_by) if passed_by else self._gateways.node_of(question)
