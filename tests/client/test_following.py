@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from lattice_client.transport.reconnection import Reconnection
 from lattice_client.transport.suspending import AsyncChannel
 from tests.client.shell import WAIT_S, call
 from tests.commands import LATTICE
+from tests.ports import free_port
 from tests.server.apps import NoWorkers, serving_aside
 
 SHORT_S = 1.0
@@ -54,13 +54,6 @@ class Endless(workflow_pb2_grpc.WorkflowServiceServicer, results_pb2_grpc.Result
         if not self.has_run:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no run 'r'")
         await asyncio.Event().wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def serve(port: int, served: Endless) -> grpc.aio.Server:

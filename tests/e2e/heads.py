@@ -1,13 +1,13 @@
 """Heads that are killed with SIGKILL and started again on the same port and journal, and machines that join them."""
 
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import psutil
 
 from tests.commands import START
+from tests.ports import free_port
 
 
 class Head:
@@ -15,8 +15,7 @@ class Head:
 
     def __init__(self, journal: Path, *flags: str) -> None:
         self.journal = journal
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._flags = flags or ("--num-cpus", "2")
         self._process: subprocess.Popen[str] | None = None

@@ -2,12 +2,11 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from lattice_client import LatticeClient, RunCancelledError
 from tests.commands import LATTICE
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -133,9 +133,7 @@ def test_the_debate_adds_rounds_until_the_estimates_agree(local: str) -> None:
 
 
 def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(EXAMPLES / "web" / "main.py"), str(port)]
     service = subprocess.Popen(command, env={**os.environ, "LATTICE_TARGET": local})
     retrying = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)

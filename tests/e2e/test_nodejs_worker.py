@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.certificates import certificates
 from tests.e2e.conftest import served
 from tests.e2e.proxy import Proxy
 from tests.e2e.rooms import WAIT_S, Room, entered
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "nodejs-worker"
@@ -336,9 +336,7 @@ def test_a_server_that_asks_for_a_token_over_tls(tmp_path: Path, monkeypatch: py
 
 def unused_address() -> str:
     """Return an address that has no server."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{listener.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.mark.usefixtures("address")

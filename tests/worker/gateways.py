@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
+
+from tests.ports import free_port
 
 SERVICE = "tiny\ntenant"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
@@ -66,8 +67,7 @@ class Slow:
 
 def closed_port() -> str:
     """Return an address at which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return f"127.0.0.1:{found.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 async def until_waited_for(event: asyncio.Event) -> None:
