@@ -46,7 +46,7 @@ CAVEATS = """
 
 @dataclass
 class Measurements:
-    """What was measured.
+    """The measurements of one run of all benchmarks.
 
     Attributes:
         machine: the machine and the versions, a line each.

@@ -1,11 +1,11 @@
 """Measures the processor time that metrics and traces cost: `python -m benchmarks.telemetry_cost [no-ops]`.
 
-One server has telemetry switched on and off in turns, in many short rounds. In a round it does the same number of tasks
+One server has telemetry switched on and off, in many short rounds. In a round it does the same number of tasks
 that do nothing in each mode, in an order by chance. The cost of a mode is the processor time of all processes (the
 server, its agent, its runners, and the client) less that without telemetry in the same round. Printed is the median
-over the rounds, with its confidence interval of 95 %, and the same for two turns that both are without telemetry.
+over the rounds, with its confidence interval of 95 %, and the same for two modes that both are without telemetry.
 
-It has to be one server: two that are equal differ by more than what is measured, for as long as they live. Other
+It has to be one server: two equal servers differ by more than the cost of telemetry, for as long as they run. Other
 programs slow all modes of a round alike, and a round that they disturb does not move a median, so the machine need not
 be idle. The stream of the agent has the layer that counts its messages in all modes; its cost is measured by itself.
 """
@@ -70,7 +70,7 @@ async def _serve() -> None:
         switch = _Switch(app)
         print(app.address, flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
-            await switch.turn(line.strip())
+            await switch.select(line.strip())
             print("turned", flush=True)
     finally:
         await app.stop()
@@ -91,8 +91,8 @@ class _Switch:
         self._interceptors: dict[str, list[Any]] = {"metrics": [metrics.calls], "traces": tracing.interceptors}
         self._intercept = {one: one.intercept_service for found in self._interceptors.values() for one in found}
 
-    async def turn(self, named: str) -> None:
-        """Switch on what is named, and all else off. Ended spans are exported before, so that their turn pays."""
+    async def select(self, named: str) -> None:
+        """Switch one kind of telemetry on, and the others off. Spans of the mode before are exported first."""
         await asyncio.to_thread(self._provider.force_flush)
         observers = {"metrics": self._of_metrics, "traces": self._of_traces}
         self._observers[:] = [observer for name, observer in observers.items() if name == named]
@@ -107,7 +107,7 @@ async def _pass(continuation: Any, handler_call_details: Any) -> Any:
 
 
 def receive() -> None:
-    """Take everything that OTLP sends, and drop it; for ever. Its processor time is not counted."""
+    """Receive the exports of OTLP and drop them, until this process ends. Its processor time is not counted."""
     method = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
     server = grpc.server(ThreadPoolExecutor(2))
     service = "opentelemetry.proto.collector.trace.v1.TraceService"
@@ -234,7 +234,7 @@ def main() -> None:
         _, receiver = stack.enter_context(started("receive"))
         served = stack.enter_context(started("serve", OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{receiver}"))
         measured = Measured(*served, stack)
-        # Traces are exported once a turn: in short turns the calls of the exporter would be most of their cost.
+        # Traces are exported at each switch, so that short rounds would measure the exporter's calls.
         measure(measured, runs, 20, no_ops, ["none", "none again", "metrics"])
         measure(measured, runs, 250, no_ops, ["none", "none again", "traces"])
         measure(measured, graph, 500, no_ops, list(MODES))

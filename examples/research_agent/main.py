@@ -120,7 +120,7 @@ class Model(BaseChatModel):
 
 
 def _remark(name: str, text: str) -> Iterator[str]:
-    """Stream what a served model says about a text."""
+    """Stream the remark of a served model about a text."""
     model = context.llm(name)
     message = {"role": "user", "content": text}
     body = {"model": model.model, "messages": [message], "max_tokens": 40, "stream": True}

@@ -25,7 +25,7 @@ OF_NO_RUN = (
     workflow_pb2.GetWorkflowRequest,
     workflow_pb2.ListWorkflowsRequest,
 )
-# They need more runs than the one that they name.
+# They need other runs too, besides the run in the request.
 OF_SEVERAL_RUNS = (workflow_pb2.DeleteRunRequest, workflow_pb2.RetryRunRequest)
 
 

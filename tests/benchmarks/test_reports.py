@@ -30,6 +30,6 @@ def test_the_page_on_clusters_has_the_figures_of_the_chaos_reports() -> None:
         assert claim in page, f"no longer said, or no longer so: {claim}"
 
 
-def test_the_page_on_performance_has_what_was_measured() -> None:
+def test_the_page_on_performance_shows_the_recorded_measurements() -> None:
     page = ROOT / "docs" / "performance.md"
     assert page.read_text() == text_of(read(page), page.stem), "`make bench` writes the page"

@@ -7,7 +7,7 @@ are estimated first. The tokens that the answer reports replace the estimate.
 A provider that says how much is left tells how much others use. That use is the difference between its count and the
 count here; it is held back until the provider says that it is free again, for a window at most.
 
-Rule: among tenants that wait, the one that used least goes next, and a smaller request never passes a larger one.
+Rule: the waiting tenant with the least use goes next, and a smaller request never passes a larger request.
 """
 
 import heapq
@@ -165,7 +165,7 @@ class Budget:
         """Have a request wait; before others of its tenant if it `is_again` made after its provider refused it."""
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
-            # A tenant that begins to make requests is not owed what others used before.
+            # A tenant that begins to make requests has no claim to the earlier use of others.
             least = min((found.used for found in self._tenants.values()), default=0.0)
             tenant = self._tenants[request.tenant] = Tenant(least)
         (tenant.waiting.appendleft if is_again else tenant.waiting.append)(request)
