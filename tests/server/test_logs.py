@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,9 @@ from hypothesis import strategies as st
 from lattice_client import LatticeClient, RunError, UnauthenticatedError, secret, task
 from lattice_client import logs as client_logs
 from lattice_server import logs
+from lattice_server.core.messages import TaskLogged, TaskRetrying
+from lattice_server.core.model import Failure, FailureKind
+from lattice_server.engine.run_logging import TaskOutputLog
 from lattice_worker import logs as worker_logs
 from tests.commands import START
 
@@ -179,3 +184,19 @@ def test_printed_text_is_logged_when_the_operator_wants_it(
     ids = {"run_id": run.run_id, "task_id": "speak", "attempt": 1, "node_id": "local"}
     assert [{name: record.get(name) for name in ids} for record in found.values()] == [ids] * 3
     assert [record["logger"].rpartition(".")[2] for record in found.values()] == ["stdout", "stdout", "stderr"]
+
+
+def test_the_last_line_of_an_attempt_is_logged_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    tasks = {"t": SimpleNamespace(node_id="n")}
+    entry: Any = SimpleNamespace(key="r", run_id="r", trace_id="", run=SimpleNamespace(tasks=tasks))
+    told = TaskOutputLog()
+    told.note(entry, TaskLogged("r", "t", 1, is_error=False, text="one\ntwo", is_truncated=False))
+    assert caplog.messages == ["one"]
+    failure = Failure(FailureKind.USER_ERROR, "")
+    told.note(entry, TaskRetrying("r", "t", 1, failure, 0.0))
+    told.note(entry, TaskLogged("r", "t", 2, is_error=False, text="three\n", is_truncated=False))
+    assert [(record.message, vars(record)["attempt"]) for record in caplog.records] == [
+        ("one", 1),
+        ("two", 1),
+        ("three", 2),
+    ]
