@@ -38,18 +38,18 @@ class Execution:
         self._box = box
 
     async def accepted(self) -> Response | None:
-        """Wait for the first answer. None when the stream broke."""
-        return await self._box.get()
+        """Wait for the first answer. None when the stream broke, or cannot be read here."""
+        return await self._stream.delivery.get(self._box)
 
     async def ended(self) -> Response | None:
-        """Wait for the last answer. None when the stream broke, or belongs to another event loop.
+        """Wait for the last answer. None when the stream broke, or cannot be read here.
 
         Raises LimitReachedError.
         """
         if not self._box.is_here():
             return None
         try:
-            found = await self._box.get()
+            found = await self._stream.delivery.get(self._box)
         except BaseException:
             if self._is_alone:
                 self.abandon()
@@ -133,17 +133,17 @@ class Executions:
         return cast(_Stream, stream)
 
     def _new_stream(self) -> "_Stream":
-        stream = _Stream(self._channel.open_bidi(self._channel.workflows.ExecuteWorkflows))
+        stream = _Stream(self._channel, self._channel.open_bidi(self._channel.workflows.ExecuteWorkflows))
         weakref.finalize(self, stream.abandon).atexit = False
-        self._channel.beside(stream.read)
         return stream
 
 
 class _Stream:
     """One stream. `waiting` has the requests without a last answer, by number."""
 
-    def __init__(self, call: BidiCall[Request, Response]) -> None:
+    def __init__(self, channel: Channel, call: BidiCall[Request, Response]) -> None:
         self._call = call
+        self.delivery = channel.delivery(self._step)
         self._numbers = itertools.count(1)
         self.waiting: dict[int, Mailbox[Response | None]] = {}
         self.is_broken = False
@@ -162,21 +162,29 @@ class _Stream:
         """Cancel the stream. May be called from any thread, and by a finalizer."""
         self._call.abandon()
 
-    async def read(self) -> None:
-        """Deliver the answers, to the end of the stream."""
+    async def _step(self) -> bool:
+        """Deliver the next answer; return False at the end of the stream."""
         try:
-            while (response := await self._call.read()) is not None:
-                is_last = response.WhichOneof("message") != "accepted"
-                box = (self.waiting.pop if is_last else self.waiting.get)(response.number, None)
-                if box is not None:
-                    box.put(response)
+            response = await self._call.read()
         except (errors.RequestError, errors.ClientClosedError):
-            pass  # Calls will tell.
-        finally:
-            self.is_broken = True
-            self._call.abandon()
-            for box in list(self.waiting.values()):
-                box.put(None)
+            response = None  # Calls will tell.
+        except BaseException:
+            self._break()
+            raise
+        if response is None:
+            self._break()
+            return False
+        is_last = response.WhichOneof("message") != "accepted"
+        box = (self.waiting.pop if is_last else self.waiting.get)(response.number, None)
+        if box is not None:
+            box.put(response)
+        return True
+
+    def _break(self) -> None:
+        self.is_broken = True
+        self._call.abandon()
+        for box in list(self.waiting.values()):
+            box.put(None)
 
 
 def _is_patched() -> bool:

@@ -1,14 +1,12 @@
 """Owns the connection whose calls block the calling thread. Rule: a call uses no other thread of this package.
 
-The answers to runs are read from their stream by one thread, since any of the waiting threads may stop waiting first.
-
 A blocking gRPC call returns to Python every 0.2 s, so that signals, such as Ctrl-C, are handled meanwhile.
 """
 
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
@@ -17,10 +15,19 @@ from grpc.experimental import ChannelOptions
 from lattice_client import errors
 from lattice_client.transport import forks
 from lattice_client.transport.blocking_bidi import BlockingBidiCall, BlockingSteps
-from lattice_client.transport.blocking_calls import BlockingMailbox, MessageStream, UnreleasedCalls, deadline, left_s
+from lattice_client.transport.blocking_calls import (
+    BlockingMailbox,
+    MessageStream,
+    UnreleasedCalls,
+    deadline,
+    finish,
+    left_s,
+)
+from lattice_client.transport.blocking_delivery import BlockingDelivery
 from lattice_client.transport.channel import (
     BidiCall,
     Channel,
+    Delivery,
     LimitReachedError,
     Mailbox,
     Steps,
@@ -85,15 +92,19 @@ class BlockingChannel(Channel):
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
         """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
         with self._closing():
-            return BlockingBidiCall(cast(Any, method), self._closing, left_s)
+            return BlockingBidiCall(cast(Any, method), self._closing, left_s, self._unreleased)
 
     def mailbox(self) -> Mailbox[Any]:
         """Return a mailbox for any thread."""
         return BlockingMailbox()
 
+    def delivery(self, step: Callable[[], Coroutine[Any, Any, bool]]) -> Delivery:
+        """Return a `Delivery` whose stream is read by one of the threads that wait."""
+        return BlockingDelivery(step)
+
     def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a coroutine in a thread of its own, which ends with the program."""
-        threading.Thread(target=_finish, args=[work], name="lattice-answers", daemon=True).start()
+        threading.Thread(target=finish, args=[work()], name="lattice-answers", daemon=True).start()
 
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
         """Return a `Steps` that runs in the waiting threads."""
@@ -157,9 +168,3 @@ def _connect(dialled: Security) -> tuple[grpc.Channel, Stubs]:
         channel = grpc.secure_channel(dialled.address, dialled.credentials, options=options)
     forks.use(channel)
     return channel, Stubs(channel, dialled.token)
-
-
-def _finish(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a coroutine whose calls block to its end."""
-    with suppress(StopIteration):
-        work().send(None)

@@ -1,7 +1,4 @@
-"""Owns bidirectional streams that block a thread. Rule: only waiting threads read a stream.
-
-gRPC sends the queued messages from a thread of its own, which runs no code of this package.
-"""
+"""Owns bidirectional streams that block a thread. Rule: only waiting threads read a stream."""
 
 import queue
 import threading
@@ -13,31 +10,68 @@ import grpc
 
 from lattice_client import errors
 from lattice_client.transport import forks
+from lattice_client.transport.blocking_calls import UnreleasedCalls
 from lattice_client.transport.channel import BidiCall, LimitReachedError, Steps
+from lattice_client.transport.direct_call import DirectCall
 from lattice_client.transport.interrupts import calling
+from lattice_client.transport.stubs import SignedCall
 
 Q = TypeVar("Q")
 R = TypeVar("R")
 
 
+class ThreadedCall(Generic[Q, R]):
+    """A stream of gRPC's, whose messages cross two of its threads, for versions of gRPC without `DirectCall`."""
+
+    is_kept = False
+
+    def __init__(self, method: Any) -> None:
+        self._requests: queue.SimpleQueue[Q | None] = queue.SimpleQueue()
+        self._call = method(iter(self._requests.get, None))
+        self.send = self._requests.put
+
+    def read(self) -> R | None:
+        """Wait for the next message; None at the end of the stream. Raises grpc.RpcError."""
+        return cast("R | None", next(self._call, None))
+
+    def cancel(self) -> None:
+        """End the stream, and the thread that sends."""
+        self._call.cancel()
+        self._requests.put(None)
+
+    def release(self) -> None:
+        """Do nothing: gRPC's threads take all events."""
+
+
+def _started(method: SignedCall) -> DirectCall[Q, R] | ThreadedCall[Q, R]:
+    try:
+        return DirectCall(method.method, method.headers)
+    except (AttributeError, TypeError):
+        return ThreadedCall(method)
+
+
 class BlockingBidiCall(BidiCall[Q, R], Generic[Q, R]):
-    """A bidirectional stream, read by one thread at a time. `left_s` returns the seconds left of the reader's limit."""
+    """A bidirectional stream, read by one thread at a time. `left_s` returns the seconds left of the reader's limit.
+
+    What gRPC keeps of an abandoned stream is added to `unreleased`.
+    """
 
     def __init__(
         self,
-        method: Callable[..., Any],
+        method: SignedCall,
         converting: Callable[[], AbstractContextManager[None]],
         left_s: Callable[[], float | None],
+        unreleased: UnreleasedCalls,
     ) -> None:
         self._converting = converting
         self._left_s = left_s
-        self._requests: queue.SimpleQueue[Q | None] = queue.SimpleQueue()
-        self._call = calling(method, iter(self._requests.get, None))
+        self._unreleased = unreleased
+        self._call: DirectCall[Q, R] | ThreadedCall[Q, R] = calling(_started, method)
         forks.use(self._call)
 
     def send(self, message: Q) -> None:
-        """Queue a message."""
-        self._requests.put(message)
+        """Send a message, after those before it."""
+        calling(self._call.send, message)
 
     async def read(self) -> R | None:
         """Wait for the next message; None at the end of the stream. An error, a limit or a signal ends the stream."""
@@ -50,12 +84,12 @@ class BlockingBidiCall(BidiCall[Q, R], Generic[Q, R]):
             timer.start()
         try:
             with self._converting():
-                found = cast("R | None", calling(next, self._call, None))
+                found = calling(self._call.read)
             if found is None:
-                self._requests.put(None)
+                self.abandon()
             return found
         except errors.RequestError as error:
-            self._requests.put(None)
+            self.abandon()
             if error.code is grpc.StatusCode.CANCELLED and limit_s is not None and self._left_s() == 0:
                 raise LimitReachedError from None
             raise
@@ -68,10 +102,10 @@ class BlockingBidiCall(BidiCall[Q, R], Generic[Q, R]):
                 timer.cancel()
 
     def abandon(self) -> None:
-        """Cancel the stream, and end the thread that sends."""
+        """Cancel the stream."""
         if not forks.is_broken():  # the call belongs to the parent process
             calling(self._call.cancel)
-            self._requests.put(None)
+            self._unreleased.add(self._call)
 
 
 class BlockingSteps(Steps):

@@ -3,9 +3,10 @@
 import queue
 import time
 from collections import deque
+from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grpc
 
@@ -23,6 +24,12 @@ def left_s() -> float | None:
     """Return the seconds left of the innermost limit of this thread; None without a limit."""
     ends_at = deadline.get()
     return None if ends_at is None else max(0.0, ends_at - time.monotonic())
+
+
+def finish(work: Coroutine[Any, Any, object]) -> None:
+    """Run a coroutine whose calls block to its end."""
+    with suppress(StopIteration):
+        work.send(None)
 
 
 class MessageStream(Generic[R]):
@@ -60,27 +67,40 @@ class MessageStream(Generic[R]):
             calling(self._call._consume_next_event)
 
 
+class Unreleased(Protocol):
+    """A call that ends, and that gRPC keeps until its last events are taken."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether gRPC still keeps it."""
+
+    def release(self) -> None:
+        """Take the last events."""
+
+
 class UnreleasedCalls:
     """Calls that nothing reads any more, and that gRPC still keeps. For any thread."""
 
     def __init__(self) -> None:
-        self._streams: deque[MessageStream[Any]] = deque()
+        self._streams: deque[Unreleased] = deque()
 
     def cancel(self, stream: MessageStream[Any]) -> None:
         """Cancel a call that is not being read, and release it later. May be called by a finalizer."""
         stream.cancel()
         self.add(stream)
 
-    def add(self, stream: MessageStream[Any]) -> None:
+    def add(self, stream: Unreleased) -> None:
         """Release an ended or cancelled call later: its last event has not arrived yet."""
         if stream.is_kept:
             self._streams.append(stream)
 
     def release(self) -> None:
-        """Release all of them."""
-        while self._streams:
+        """Release those that no other thread is reading."""
+        for _ in range(len(self._streams)):
             with suppress(IndexError):  # another thread took it
-                self._streams.popleft().release()
+                stream = self._streams.popleft()
+                stream.release()
+                self.add(stream)
 
 
 class BlockingMailbox(Mailbox[R], Generic[R]):
@@ -92,6 +112,10 @@ class BlockingMailbox(Mailbox[R], Generic[R]):
     def put(self, item: R) -> None:
         """Add an item, from any thread."""
         self._items.put(item)
+
+    def is_empty(self) -> bool:
+        """Whether `get` would wait."""
+        return self._items.empty()
 
     async def get(self) -> R:
         """Wait for an item, and take it. Raises LimitReachedError."""

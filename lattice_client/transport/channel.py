@@ -92,6 +92,17 @@ class Mailbox(ABC, Generic[R]):
         """Whether the running event loop, or thread, may call `get`."""
 
 
+class Delivery(ABC):
+    """Has a stream read whose messages are put into mailboxes, one for each caller that waits."""
+
+    @abstractmethod
+    async def get(self, box: Mailbox[R | None]) -> R | None:
+        """Wait for an item of a mailbox, and take it. None when the stream has ended, or cannot be read here.
+
+        Raises LimitReachedError.
+        """
+
+
 class BidiCall(ABC, Generic[Q, R]):
     """A bidirectional stream."""
 
@@ -203,6 +214,13 @@ class Channel(ABC):
     @abstractmethod
     def mailbox(self) -> Mailbox[Any]:
         """Return a mailbox of the current event loop."""
+
+    @abstractmethod
+    def delivery(self, step: Callable[[], Coroutine[Any, Any, bool]]) -> Delivery:
+        """Return a `Delivery` by a step that puts one message of a stream into its mailbox.
+
+        After its last message it puts None into every mailbox that is waited for, and returns False.
+        """
 
     @abstractmethod
     def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

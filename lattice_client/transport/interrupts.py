@@ -2,8 +2,8 @@
 
 Python raises KeyboardInterrupt between any two instructions, also inside `threading.Condition`, where gRPC takes and
 releases the lock of a channel. The lock would then stay held, and every other thread would wait for it for ever. An
-interrupt there is delivered again a moment later. Code that is then still at the same instruction is waiting without
-the lock, and is interrupted.
+interrupt there is delivered again when the call returns, or a moment later. Code that is then still at the same
+instruction is waiting without the lock, and is interrupted.
 """
 
 import _thread
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,6 +31,7 @@ class _Deferring:
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self._handler = handler
+        self._delayed: list[None] = []  # A signal to deliver again; who takes it delivers it.
         self._deferred_at: tuple[int, int] | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> Any:
@@ -37,13 +39,25 @@ class _Deferring:
         is_waiting, self._deferred_at = at == self._deferred_at, at
         if frame is not None and frame.f_code.co_filename == threading.__file__ and not is_waiting:
             # Not a `threading.Thread`: starting one takes locks that the interrupted code may hold.
-            _thread.start_new_thread(_interrupt_again, ())
+            self._delayed.append(None)
+            _thread.start_new_thread(self._deliver_again, ())
             return None
         return self._handler(number, frame)
 
+    def take(self) -> bool:
+        """Return whether a signal is to be delivered again; the caller does that."""
+        with suppress(IndexError):
+            self._delayed.pop()
+            return True
+        return False
 
-def _interrupt_again() -> None:
-    time.sleep(AGAIN_S)  # The interrupted code releases or takes its lock within some instructions.
+    def _deliver_again(self) -> None:
+        time.sleep(AGAIN_S)  # The interrupted code releases or takes its lock within some instructions.
+        if self.take():
+            _interrupt_main_thread()
+
+
+def _interrupt_main_thread() -> None:
     main = threading.main_thread().ident
     assert main is not None, "the main thread is running"
     if hasattr(signal, "pthread_kill"):
@@ -59,8 +73,11 @@ def calling(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T
     handler = _getsignal(_SIGINT)
     if not callable(handler) or isinstance(handler, _Deferring):
         return function(*args, **kwargs)
-    _setsignal(_SIGINT, _Deferring(handler))
+    deferring = _Deferring(handler)
+    _setsignal(_SIGINT, deferring)
     try:
         return function(*args, **kwargs)
     finally:
         _setsignal(_SIGINT, handler)
+        if deferring.take():
+            _interrupt_main_thread()

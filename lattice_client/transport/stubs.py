@@ -56,15 +56,23 @@ class Signed:
     def __getattr__(self, kind: str) -> Any:
         """Return the factory of one kind of call: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
         factory = getattr(self._channel, kind)
+        return lambda *args, **kwargs: SignedCall(args[0], factory(*args, **kwargs), self._metadata)
 
-        def stub(*args: Any, **kwargs: Any) -> Any:
-            method = factory(*args, **kwargs)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with uninstrumented():
-                    return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
+class SignedCall:
+    """A stub of one method: `method` without headers. The name is such as `/lattice.v1.TaskService/GetTask`."""
 
-            call.__name__ = args[0]  # Such as `/lattice.v1.TaskService/GetTask`.
-            return call
+    def __init__(self, name: str, method: Any, metadata: Headers) -> None:
+        self.__name__ = name
+        self.method = method
+        self._metadata = metadata
 
-        return stub
+    @property
+    def headers(self) -> Headers:
+        """The headers of a call that starts now."""
+        return (*self._metadata, *trace_headers())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a call."""
+        with uninstrumented():
+            return self.method(*args, metadata=self.headers, **kwargs)

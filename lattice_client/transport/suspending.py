@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from lattice_client.transport.async_bidi import AsyncBidiCall, AsyncSteps
 from lattice_client.transport.channel import (
     BidiCall,
     Channel,
+    Delivery,
     LimitReachedError,
     Mailbox,
     Steps,
@@ -85,6 +87,11 @@ class AsyncChannel(Channel):
     def mailbox(self) -> Mailbox[Any]:
         """Return a mailbox of the running event loop."""
         return AsyncMailbox()
+
+    def delivery(self, step: Callable[[], Coroutine[Any, Any, bool]]) -> Delivery:
+        """Return a `Delivery` whose stream is read by a task of the running event loop."""
+        self.beside(partial(_repeated, step))
+        return AsyncDelivery()
 
     def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a coroutine in a task of the running event loop."""
@@ -175,6 +182,19 @@ def _cancellations() -> int:
 async def _each(messages: Iterable[Q]) -> AsyncIterator[Q]:
     for message in messages:
         yield message
+
+
+async def _repeated(step: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    while await step():
+        pass
+
+
+class AsyncDelivery(Delivery):
+    """A stream that is read beside those who wait."""
+
+    async def get(self, box: Mailbox[R | None]) -> R | None:
+        """Wait for an item of a mailbox, and take it."""
+        return await box.get()
 
 
 class AsyncMailbox(Mailbox[R], Generic[R]):

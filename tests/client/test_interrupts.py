@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lattice_client.transport import interrupts
 from lattice_client.transport.interrupts import calling
 
 WAIT_S = 60.0
@@ -89,3 +90,24 @@ def test_calls_within_calls_and_in_other_threads_change_nothing() -> None:
     thread.start()
     thread.join(WAIT_S)
     assert found == [signal.default_int_handler]
+
+
+def test_an_interrupt_that_a_lock_delays_comes_when_the_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "AGAIN_S", 600.0)
+    lock: Any = SimpleNamespace(
+        acquire=None,
+        release=None,
+        __enter__=functools.partial(signal.raise_signal, signal.SIGINT),
+        __exit__=lambda *_: None,
+    )
+    condition = threading.Condition(lock)
+    returned = []
+
+    def use() -> None:
+        with condition:
+            pass
+        returned.append(None)
+
+    with pytest.raises(KeyboardInterrupt):
+        calling(use)
+    assert returned
