@@ -8,6 +8,8 @@ import asyncio
 import gc
 from collections.abc import Callable
 
+from lattice_server.huge_pages import use_huge_pages
+
 # Allocations before a collection of the youngest generation, and such collections before one of the middle generation.
 # A collection looks through the objects allocated since the last one of its kind: at most 12,000, a few ms.
 YOUNG, MIDDLE = 2_000, 5
@@ -36,6 +38,7 @@ class GarbageCollection:
         if self._has_frozen:
             gc.collect()
             gc.freeze()
+        use_huge_pages()
         gc.set_threshold(YOUNG, MIDDLE, NEVER)
 
     def stop(self) -> None:
@@ -57,3 +60,4 @@ class GarbageCollection:
         if self._is_idle():
             self._next_at = asyncio.get_running_loop().time() + INTERVAL_S
             gc.collect()
+            use_huge_pages()  # The first runs have loaded more.

@@ -25,6 +25,7 @@ from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, check_cancelled, opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.egress.agent import Egress
+from lattice_worker.huge_pages import use_huge_pages
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
@@ -103,6 +104,7 @@ class Agent:
         warming = asyncio.create_task(self._pool.warm())
         self._levels = frozenset(await self._pool.levels())
         self._network_levels = frozenset(await self._pool.network_levels(self._levels))
+        use_huge_pages()
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():

@@ -5,7 +5,8 @@ The instrumentation of OpenTelemetry has no metrics for servers of `grpc.aio`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -106,15 +107,17 @@ class RpcMeter(grpc.aio.ServerInterceptor):
         return call
 
     def _writing(self, behave: Any, streams: "_Streams", *, reads: bool = False) -> Any:
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        # Not a generator: it would be one more of those that each message goes through.
+        async def call(request: Any, context: Any) -> None:
             streams.open += 1
             error: BaseException | None = None
             try:
                 answered = behave(streams.counted(request) if reads else request, context)
                 if hasattr(answered, "__aiter__"):
-                    async for response in answered:
-                        streams.sent += 1
-                        yield response
+                    async with aclosing(answered):
+                        async for response in answered:
+                            streams.sent += 1
+                            await context.write(response)
                 else:
                     # A handler that writes by itself, such as `Health.Watch`; see `_wrap`.
                     await answered
@@ -135,16 +138,33 @@ class _Streams:
         self._method = method
         self._ends = ends
 
-    async def counted(self, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Yield the messages of a caller."""
-        async for message in messages:
-            self.received += 1
-            yield message
+    def counted(self, messages: AsyncIterator[Any]) -> "_Counted":
+        """Return the messages of a caller, which are counted."""
+        return _Counted(messages, self)
 
     def end(self, context: Any, error: BaseException | None) -> None:
         """Count the end of a call."""
         self.open -= 1
         self._ends.add(self._method, _status(context, error))
+
+
+class _Counted:
+    """Messages that are counted when the next one is asked for, without a coroutine of its own for each."""
+
+    def __init__(self, messages: AsyncIterator[Any], streams: _Streams) -> None:
+        self._messages = messages
+        self._ask: Callable[[], Awaitable[Any]] | None = None
+        self._streams = streams
+
+    def __aiter__(self) -> "_Counted":
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        if self._ask is None:
+            self._ask = aiter(self._messages).__anext__
+        else:
+            self._streams.received += 1
+        return self._ask()
 
 
 def _status(context: Any, error: BaseException | None) -> str:
