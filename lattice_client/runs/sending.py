@@ -52,10 +52,12 @@ class Sender:
         """Make a call that brings work; repeat it when the server lacks code or parts that were sent before."""
         graph = graph or GraphMessage(workflow_pb2.WorkflowSpec())
         while True:
+            # Asked before the call: another thread whose call fails as well forgets what is known.
+            may_lack_code = bool(self.known_code)
             try:
                 found = await self.admitted(call)
             except errors.PreconditionError as error:
-                if error.reason != "FUNCTION_MISSING" or not self.known_code:
+                if error.reason != "FUNCTION_MISSING" or not may_lack_code:
                     raise
                 self.known_code.clear()
             except errors.NotFoundError as error:

@@ -10,10 +10,14 @@ import grpc
 import pytest
 from lattice.v1 import results_pb2, results_pb2_grpc, run_pb2
 
-from lattice_client import AsyncLatticeClient, RunError
+from lattice_client import AsyncLatticeClient, PreconditionError, RunError
 from lattice_client.runs import known_code
 from lattice_client.runs.decoding import decoded
+from lattice_client.runs.driver import blocking
 from lattice_client.runs.known_code import KnownCode
+from lattice_client.runs.sending import Sender
+from lattice_client.transport.blocking import BlockingChannel
+from lattice_client.transport.channel import dial
 
 WAIT_S = 30.0
 READERS = 5
@@ -100,3 +104,22 @@ def raised(error: RunError) -> None:
         decoded(error)
     finally:
         del error
+
+
+@pytest.mark.parametrize("by_another_thread", [False, True])
+def test_a_call_without_code_that_the_server_lacks_is_repeated_once(by_another_thread: bool) -> None:
+    sender = Sender(BlockingChannel(dial("127.0.0.1:1")), 1.0)
+    sender.known_code.add("sha256:1")
+    calls: list[bool] = []
+
+    async def call() -> str:
+        calls.append(len(sender.known_code) > 0)
+        if by_another_thread:
+            sender.known_code.clear()  # Its call failed a moment before.
+        error = PreconditionError("no such function")
+        error.reason = "FUNCTION_MISSING"
+        raise error
+
+    with pytest.raises(PreconditionError):
+        blocking(sender.accepted(call))
+    assert calls == [True, False], "without code, and then with all of it"
