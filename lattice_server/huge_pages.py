@@ -4,7 +4,7 @@ A run of one small task goes through hundreds of functions once, so most of its 
 pages of 4 KiB the processor also has to look up where each page is, which on a virtual machine takes several more
 accesses to memory. Pages of 2 MiB need few look-ups: see decision 76.
 
-Rule: it never fails. Linux moves what it can, and other systems have nothing to do.
+Rule: it never fails. Memory that Linux cannot move stays where it is; other systems have nothing to do.
 """
 
 import ctypes

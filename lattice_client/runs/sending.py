@@ -52,7 +52,7 @@ class Sender:
         """Make a call that brings work; repeat it when the server lacks code or parts that were sent before."""
         graph = graph or GraphMessage(workflow_pb2.WorkflowSpec())
         while True:
-            # Asked before the call: another thread whose call fails as well forgets what is known.
+            # Asked before the call: when the call of another thread fails as well, that thread clears the digests.
             may_lack_code = bool(self.known_code)
             try:
                 found = await self.admitted(call)

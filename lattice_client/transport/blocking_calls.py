@@ -95,7 +95,7 @@ class UnreleasedCalls:
             self._streams.append(stream)
 
     def release(self) -> None:
-        """Release those that no other thread is reading."""
+        """Release the calls, except calls that another thread is reading."""
         for _ in range(len(self._streams)):
             with suppress(IndexError):  # another thread took it
                 stream = self._streams.popleft()

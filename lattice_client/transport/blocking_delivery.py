@@ -65,7 +65,7 @@ class BlockingDelivery(Delivery):
             del self._reader[None]
         # Also when this thread was appointed, and got its item before it could read.
         if None not in self._reader:
-            with suppress(KeyError):  # Nobody waits.
+            with suppress(KeyError):  # No thread waits.
                 self._waiting.popitem(last=False)[0].put(_APPOINTED)
 
     def _start_thread(self) -> None:

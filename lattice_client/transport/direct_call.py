@@ -1,4 +1,4 @@
-"""Owns bidirectional streams without threads of gRPC's: who sends a message writes it, and who reads waits for it.
+"""Owns bidirectional streams without threads of gRPC's. Rule: the sender of a message writes it, and the reader waits.
 
 gRPC's own blocking streams hand each message to a thread that sends, and each answer to a thread that waits, so that a
 request and its answer cross three threads more. gRPC reads streams of responses without threads, but has no public

@@ -107,7 +107,7 @@ class RpcMeter(grpc.aio.ServerInterceptor):
         return call
 
     def _writing(self, behave: Any, streams: "_Streams", *, reads: bool = False) -> Any:
-        # Not a generator: it would be one more of those that each message goes through.
+        # Not a generator: each message would go through one more of them.
         async def call(request: Any, context: Any) -> None:
             streams.open += 1
             error: BaseException | None = None

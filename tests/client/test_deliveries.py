@@ -76,7 +76,7 @@ def test_a_thread_reads_its_own_message(stream: Stream) -> None:
     assert stream.readers == [threading.get_ident()] * 5
 
 
-def test_every_thread_gets_its_message_whoever_reads(stream: Stream) -> None:
+def test_every_thread_gets_its_own_message(stream: Stream) -> None:
     threads, each, order = 8, 200, random.Random(3)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -140,7 +140,7 @@ def test_a_reader_that_is_interrupted_leaves_the_others_without_the_stream(strea
         assert other.result(timeout=10) is None
 
 
-def test_all_who_wait_learn_of_the_end(stream: Stream) -> None:
+def test_all_waiting_threads_learn_of_the_end(stream: Stream) -> None:
     with ThreadPoolExecutor(8) as pool:
         waits = [pool.submit(stream.get, number, 60 if number % 2 else None) for number in range(8)]
         wait_until(lambda: len(stream.boxes) == 8)

@@ -81,7 +81,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
     return ThreadedCall
 
 
-def test_the_installed_version_of_grpc_has_what_direct_calls_need(kind: type) -> None:
+def test_the_installed_version_of_grpc_supports_direct_calls(kind: type) -> None:
     with served(echo) as channel:
         assert type(opened(channel)._call) is kind
 
@@ -246,7 +246,7 @@ def test_interrupts_at_any_moment_hang_nothing() -> None:
                     interrupting.result(timeout=10)
                     time.sleep(0.01)  # An interrupt that gRPC's locks delay comes 5 ms later.
                 call.abandon()
-                # Another thread must be able to use what the interrupt left.
+                # The interrupt must leave no lock held.
                 pool.submit(channel._unreleased.release).result(timeout=10)
         finally:
             signal.signal(signal.SIGINT, before)

@@ -151,7 +151,7 @@ def extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | 
         if is_step:
             yield
     found.refuse()
-    linked = yield from _link(new, edges)
+    linked = (yield from _link(new, edges)) if any(edges.values()) else {}
     made = Extension(new, split=found.split, artifacts=found.artifacts, kept_bytes=found.kept_bytes)
     made.parameters = found.parameters
     for task_id, is_step in stepwise(new):
