@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lattice_client import errors
 from lattice_client.runs.api import RunApi
 from lattice_client.transport import forks
+from lattice_client.transport.interrupts import calling
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
         if sys.is_finalizing():
             # Modules that gRPC needs may be unloaded by now.
             raise errors.ClientClosedError("the interpreter is shutting down: no call can be made any more")
-        coroutine.send(None)
+        # Once for all calls of gRPC within it.
+        calling(coroutine.send, None)
     except StopIteration as done:
         found: T = done.value
         return found

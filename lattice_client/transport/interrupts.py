@@ -67,7 +67,7 @@ def _interrupt_main_thread() -> None:
 
 
 def calling(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function of gRPC; return its result."""
+    """Call a function that calls gRPC; return its result. Calls within calls cost little."""
     if threading.current_thread() is not threading.main_thread():
         return function(*args, **kwargs)
     handler = _getsignal(_SIGINT)

@@ -95,9 +95,10 @@ def test_an_error_that_is_not_of_the_client_keeps_all_frames(stray: LatticeClien
 
     stray.twin.api.starter.run_task = fail  # type: ignore[method-assign,assignment]
     error = raised(lambda: stray.run_task(work, {"x": 1}), ZeroDivisionError)
-    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-4:] == [
+    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-5:] == [
         "run_task",
         "blocking",
+        "calling",
         "run_task",
         "fail",
     ]
