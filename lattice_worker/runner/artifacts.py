@@ -13,12 +13,15 @@ import uuid
 from typing import Any
 
 from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.pages import HugePages, fill
 from lattice_worker.runner.spare_files import SPARES, claimed, delete_spares, opened
 from lattice_worker.runner.values import PayloadError, encode_value
 
 DISK = "disk"
 MIB = 1024 * 1024
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+_huge_pages = HugePages()
 
 
 class StoreFullError(Exception):
@@ -70,7 +73,8 @@ class Encoder:
         """Write a value where there is room for it. Raises StoreFullError."""
         for make in (self._new_or_spare, self._in_place_of_spares, self._on_disk):
             try:
-                _fill(make(path, size), parts, size)
+                with make(path, size) as file:
+                    fill(file, parts, size)
             except OSError as error:
                 remove(path)
                 if error.errno not in FULL:
@@ -80,7 +84,7 @@ class Encoder:
         raise StoreFullError(f"there is no room for an output of {size} bytes: {_room(self._store, self._disk())}")
 
     def _new_or_spare(self, path: str, size: int) -> io.FileIO:
-        return create_artifact(path, self._spares(), size) if self._may_reuse else io.FileIO(path, "x")
+        return create_artifact(path, self._spares(), size) if self._may_reuse else _new(path, size)
 
     def _in_place_of_spares(self, path: str, _size: int) -> io.FileIO:
         delete_spares(self._spares())
@@ -108,15 +112,6 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def _fill(file: io.FileIO, parts: list[Any], size: int) -> None:
-    with file:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[file.write(view) :]
-        file.truncate(size)
-
-
 def _room(*folders: str) -> str:
     found = []
     for folder in filter(os.path.isdir, folders):
@@ -128,7 +123,15 @@ def _room(*folders: str) -> str:
 
 def create_artifact(path: str, spares: str, size: int) -> io.FileIO:
     """Return a file to write an artifact of `size` bytes to: a spare where one suits, or else a new one."""
-    return claimed(path, spares, size) or io.FileIO(path, "x")
+    return claimed(path, spares, size) or _new(path, size)
+
+
+def _new(path: str, size: int) -> io.FileIO:
+    with contextlib.ExitStack() as undo:
+        file = undo.enter_context(io.FileIO(path, "x+"))
+        _huge_pages.give(file.fileno(), size)
+        undo.pop_all()
+        return file
 
 
 def open_artifact(path: str) -> mmap.mmap | bytes:
