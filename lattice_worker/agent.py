@@ -10,7 +10,6 @@ import os
 import random
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -93,9 +92,8 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until the server closes the session for good; `refusal` is the reason if it refused the worker."""
-        (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(self._local_store.bundles.sweep)
-        with self._staging.opened():
+        with self._local_store.opened(), self._staging.opened():
             await self._serve()
 
     async def _serve(self) -> None:

@@ -23,8 +23,11 @@ from pathlib import Path
 
 from lattice.v1 import task_pb2
 
+from lattice_worker.runner.spare_files import SPARES, delete_spares
+
 FOLDER = "bundles"
 NEW_S = 10.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Bundles:
@@ -125,8 +128,10 @@ def _unpack(data: bytes, folder: Path) -> int:
         except BaseException as error:
             os.close(lock)
             shutil.rmtree(aside, ignore_errors=True)
+            number = error.errno if isinstance(error, OSError) else None
             # Another worker has unpacked it meanwhile, and may have deleted it again by now.
-            if not (isinstance(error, OSError) and error.errno in {errno.EEXIST, errno.ENOTEMPTY}):
+            is_there = number in {errno.EEXIST, errno.ENOTEMPTY}
+            if not is_there and not (number in FULL and delete_spares(str(folder.parents[1] / SPARES))):
                 raise
         else:
             break

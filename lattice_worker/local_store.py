@@ -6,7 +6,8 @@ Rule: a file is in the store whole or not at all.
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.bundles import Bundles
 from lattice_worker.config import HEAD_STORE
 from lattice_worker.peer_fetch import PeerFetcher
+from lattice_worker.runner.spare_files import SPARES, delete_spares, opened
+from lattice_worker.spare_keeper import SpareKeeper
 
 RETRIES = 10
 RETRY_S = 0.5
@@ -49,6 +52,20 @@ class LocalStore:
         self.bundles = Bundles(directory)
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._unneeded: set[str] = set()
+        # The server keeps those of its own store.
+        self._spares = None if name == HEAD_STORE else SpareKeeper(directory)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Have the store while the block runs."""
+        Path(self.directory, SPARES).mkdir(parents=True, exist_ok=True)
+        if self._spares is not None:
+            self._spares.open()
+        try:
+            yield
+        finally:
+            if self._spares is not None:
+                self._spares.close()
 
     def missing(
         self, bundle_digest: str, assignment: worker_pb2.Assignment, upstream: convert.Outputs
@@ -75,7 +92,7 @@ class LocalStore:
         self._unneeded.update(self._fetching.keys() & artifact_ids)
         for path in map(self._path, artifact_ids):
             # The server names it: delete files only, never a folder.
-            if path.is_file():
+            if path.is_file() and not self._has_kept(path):
                 self._staging.remove(path)
 
     def stored(self) -> list[str]:
@@ -90,7 +107,12 @@ class LocalStore:
 
     def open(self, artifact_id: str) -> BinaryIO:
         """Open an artifact of this store. Raises FileNotFoundError."""
-        return self._path(artifact_id).open("rb")
+        return opened(self._path(artifact_id))
+
+    def _has_kept(self, path: Path) -> bool:
+        with suppress(FileNotFoundError):
+            return self._spares is not None and self._spares.keep(path)
+        return False
 
     def _absent(self, binding: payload_pb2.Binding, upstream: convert.Outputs) -> list[payload_pb2.Artifact]:
         match binding.WhichOneof("source"):
@@ -151,7 +173,7 @@ class LocalStore:
                     raise MissingError(self._lost(artifact, text)) from None
             except OSError as error:
                 text = f"it cannot be written to {self.directory}: {error.strerror}"
-                is_full = error.errno in FULL
+                is_full = error.errno in FULL and not delete_spares(os.path.join(self.directory, SPARES))
             except MissingError as error:
                 text = str(error)
             except asyncio.CancelledError:

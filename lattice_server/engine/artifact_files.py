@@ -1,31 +1,26 @@
 """Owns the files of the head's artifacts. Rule: an id is a file name of this folder and nothing else.
 
 Workers on the same machine share the folder: they map the files of clients, and clients read theirs. A large file that
-is dropped becomes a spare, to be written again under another name, because pages that exist already cost a fraction of
-new ones. A reader holds a shared lock on its file, and the writer that takes a spare an exclusive one, so that no file
-changes while it is read (see `open_artifact` in the runner's `artifacts.py`, the other side of this).
+is dropped becomes a spare, to be written again under another name. No file changes while it is open; see `SpareKeeper`.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError
+from lattice_server.engine.spare_keeper import SpareKeeper
 from lattice_server.engine.store_folder import MIB, linked, made, remove, room
 
-SPARES = "spares"
 UPLOADS = "uploads"
 CHUNK_BYTES = 1024 * 1024
-MIN_SPARE_BYTES = 1024 * 1024
 _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 
@@ -39,11 +34,10 @@ class ArtifactFiles:
     def __init__(self, parent: str, spare_limit_bytes: int) -> None:
         self.folder, self._lock = made(parent)
         self._on_disk = linked(self.folder)
-        self._spares, self._uploads = self.folder / SPARES, self.folder / UPLOADS
-        self._spares.mkdir()
+        self._uploads = self.folder / UPLOADS
         self._uploads.mkdir()
         self.total_bytes = room(self.folder)[1]
-        self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
+        self._spares = SpareKeeper(self.folder, min(spare_limit_bytes, self.total_bytes // 4))
 
     async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of an artifact from `offset` on, in chunks of 1 MiB. Raises NotFoundError."""
@@ -72,7 +66,7 @@ class ArtifactFiles:
             try:
                 left = left[file.write(left) :]
             except OSError as error:
-                if not self._delete_spares():
+                if not self._spares.delete_all():
                     raise self._full(error) from error
 
     def exists(self, artifact_id: str) -> bool:
@@ -89,30 +83,18 @@ class ArtifactFiles:
             return
         path = self.folder / artifact_id
         try:
-            size = path.stat().st_size
-            spare = sum(entry.stat().st_size for entry in os.scandir(self._spares))
-            if not path.is_symlink() and MIN_SPARE_BYTES <= size <= self._spare_limit_bytes - spare:
-                # Under a new name: another file may be dropped by the old name while a worker takes this spare.
-                path.rename(self._spares / uuid4().hex)
-            else:
+            if not self._spares.keep(path):
                 remove(path)
-        except FileNotFoundError:  # A worker took the spare meanwhile, or the artifact lies elsewhere.
+        except FileNotFoundError:  # It lies elsewhere.
             return
 
     def close(self) -> None:
         """Delete the folder, and the one on disk."""
+        self._spares.close()
         own = [(self.folder, self._lock)]
         for folder, lock in own if self._on_disk is None else [*own, self._on_disk]:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
-
-    def _delete_spares(self) -> bool:
-        """Delete all spares; return whether there were any."""
-        found = list(os.scandir(self._spares))
-        for entry in found:
-            with suppress(FileNotFoundError):  # A worker took it.
-                os.unlink(entry.path)
-        return bool(found)
 
     def _full(self, error: OSError) -> ExhaustedError:
         free, total = room(self.folder)
@@ -128,8 +110,7 @@ class ArtifactFiles:
             file = path.open("rb")
         except FileNotFoundError:
             raise missing(path.name) from None
-        fcntl.flock(file, fcntl.LOCK_SH)
-        # A file that was dropped and written anew between the opening and the lock is not this artifact any more.
+        # A file that was dropped between the lookup of its name and the opening may be written anew.
         try:
             is_same = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except FileNotFoundError:

@@ -10,7 +10,6 @@ step and, last, `{"id", "end"}` with the reason if it failed. A worker that no l
 """
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -58,8 +57,7 @@ class Exchange:
             raise FileNotFoundError("the worker has no store yet")
         path = Path(self._store) / os.path.basename(artifact_id)
         with path.open("rb") as file:
-            # The mapping keeps the lock: a dropped file is not reused for another value while it is read.
-            fcntl.flock(file, fcntl.LOCK_SH)
+            # A file is not written while it is mapped. One that was dropped before it was opened may be another value.
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise FileNotFoundError("it was dropped")
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

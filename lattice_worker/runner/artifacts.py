@@ -6,7 +6,6 @@ invocation fails and names the store.
 
 import contextlib
 import errno
-import fcntl
 import io
 import mmap
 import os
@@ -14,13 +13,15 @@ import uuid
 from typing import Any
 
 from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.pages import HugePages, fill
+from lattice_worker.runner.spare_files import SPARES, claimed, delete_spares, opened
 from lattice_worker.runner.values import PayloadError, encode_value
 
-SPARES = "spares"
 DISK = "disk"
-MIN_SPARE_BYTES = 1024 * 1024
 MIB = 1024 * 1024
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+_huge_pages = HugePages()
 
 
 class StoreFullError(Exception):
@@ -35,6 +36,7 @@ class Encoder:
         self._folder = header["folder"]
         self._store = header["store"]
         self._inline_limit = header["inline_limit"]
+        self._may_reuse = header.get("may_reuse", True)
         self.as_data = header.get("as_data", False)
         self.blobs: list[bytes] = []
         self.made: list[str] = []
@@ -71,7 +73,8 @@ class Encoder:
         """Write a value where there is room for it. Raises StoreFullError."""
         for make in (self._new_or_spare, self._in_place_of_spares, self._on_disk):
             try:
-                _fill(make(path, size), parts, size)
+                with make(path, size) as file:
+                    fill(file, parts, size)
             except OSError as error:
                 remove(path)
                 if error.errno not in FULL:
@@ -81,12 +84,10 @@ class Encoder:
         raise StoreFullError(f"there is no room for an output of {size} bytes: {_room(self._store, self._disk())}")
 
     def _new_or_spare(self, path: str, size: int) -> io.FileIO:
-        return create_artifact(path, self._spares(), size)
+        return create_artifact(path, self._spares(), size) if self._may_reuse else _new(path, size)
 
     def _in_place_of_spares(self, path: str, _size: int) -> io.FileIO:
-        for spare in os.scandir(self._spares()):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(spare.path)
+        delete_spares(self._spares())
         return io.FileIO(path, "x")
 
     def _on_disk(self, path: str, _size: int) -> io.FileIO:
@@ -111,15 +112,6 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def _fill(file: io.FileIO, parts: list[Any], size: int) -> None:
-    with file:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[file.write(view) :]
-        file.truncate(size)
-
-
 def _room(*folders: str) -> str:
     found = []
     for folder in filter(os.path.isdir, folders):
@@ -130,40 +122,23 @@ def _room(*folders: str) -> str:
 
 
 def create_artifact(path: str, spares: str, size: int) -> io.FileIO:
-    """Return a file to write an artifact of `size` bytes to: a spare where one is large enough, since pages that are
-    there already cost a fraction of new ones, or else a new one."""
-    for spare in os.scandir(spares) if size >= MIN_SPARE_BYTES else ():
-        try:
-            if not size // 2 <= spare.stat().st_size <= size * 2:
-                continue
-            file = io.FileIO(spare.path, "r+")
-        except FileNotFoundError:  # another runner took it
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(spare.path, path)
-        except BlockingIOError:  # some task still maps it, so it can never be written again
-            file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(spare.path)
-        except FileNotFoundError:
-            file.close()
-        else:
-            return file
-    return io.FileIO(path, "x")
+    """Return a file to write an artifact of `size` bytes to: a spare where one suits, or else a new one."""
+    return claimed(path, spares, size) or _new(path, size)
+
+
+def _new(path: str, size: int) -> io.FileIO:
+    with contextlib.ExitStack() as undo:
+        file = undo.enter_context(io.FileIO(path, "x+"))
+        _huge_pages.give(file.fileno(), size)
+        undo.pop_all()
+        return file
 
 
 def open_artifact(path: str) -> mmap.mmap | bytes:
-    """Return the bytes of an artifact. The map keeps the file's lock, so its pages are not written while it lives."""
-    missing = "an input's value is no longer in the store of this node"
+    """Return the bytes of an artifact. Its pages are not written while the map lives, or a copy of it in a child."""
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            status = os.fstat(file.fileno())
-            # Dropped and written anew between the opening and the lock: not this artifact any more.
-            if not os.path.samestat(status, os.stat(path)):
-                raise PayloadError(missing)
+        with opened(path) as file:
             # Private pages: the task may write to the value, and no other process sees it.
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if os.fstat(file.fileno()).st_size else b""
     except FileNotFoundError:
-        raise PayloadError(missing) from None
+        raise PayloadError("an input's value is no longer in the store of this node") from None

@@ -6,12 +6,12 @@ about them: the agent says at which level they were produced.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from lattice_worker.runner import arrays, dataframes, tagged, values
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
 from lattice_worker.runner.frames import ProtocolError
+from lattice_worker.runner.spare_files import opened
 
 LARGEST_INLINE_BYTES = 1 << 40  # For the process: every value travels in its answer.
 MAX_INPUT_BYTES = 256 * 1024 * 1024
@@ -30,7 +30,8 @@ def inlined(tree: dict[str, Any], blobs: list[bytes]) -> dict[str, Any]:
     """Return an input as it was described with the files it names read into `blobs`. Raises InputError."""
     if "path" in tree:
         try:
-            data = Path(tree["path"]).read_bytes()
+            with opened(tree["path"]) as file:
+                data = file.read()
         except FileNotFoundError:
             raise InputError("an input's value is no longer in the store of this node") from None
         if sum(map(len, blobs)) + len(data) > MAX_INPUT_BYTES:
@@ -53,7 +54,9 @@ def screened(
 
     One whose values cannot be stored becomes a failure. Raises ProtocolError when the answer names a file.
     """
-    encoder = Encoder({"folder": folder, "store": store, "inline_limit": inline_limit_bytes})
+    # No file that has the bytes of another task comes near a sandbox, though this one may not be opened there.
+    header = {"folder": folder, "store": store, "inline_limit": inline_limit_bytes, "may_reuse": False}
+    encoder = Encoder(header)
     try:
         accepted = answer | _member(answer, blobs, encoder)
         if "items" in answer:

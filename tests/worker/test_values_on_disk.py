@@ -192,3 +192,57 @@ def test_an_output_is_written_to_disk_when_the_store_is_full(tmp_path: Path, has
             f"resources: there is no room for an output of {20 << 20} bytes: 8 of 8 MiB are free in {memory}",
             "[] []",
         ]
+
+
+ROOM = """
+import asyncio, os
+from io import BytesIO
+from pathlib import Path
+from zipfile import ZipFile
+from lattice.v1 import task_pb2
+from lattice_worker import local_store as module
+from lattice_worker.runner.spare_files import SPARES
+module.RETRY_S = 0.0
+spare = Path(os.environ["MEMORY"], SPARES, "spare")
+spare.parent.mkdir()
+spare.write_bytes(b"x" * (7 << 20))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system is mounted")
+@pytest.mark.parametrize("name", ["n", "head"])
+def test_spares_make_room_for_a_value_of_another_node(name: str, tmp_path: Path) -> None:
+    fetch = f"""
+staging = ArtifactStaging(os.environ["MEMORY"])
+
+async def main():
+    with staging.opened():
+        found = LocalStore(os.environ["MEMORY"], "{name}", staging, Head)
+        artifact = payload_pb2.Artifact(artifact_id="0" * 32, size_bytes=SIZE << 20, node_id="other")
+        await found._fetch(artifact)
+        print(Path(os.environ["MEMORY"], "0" * 32).is_symlink(), spare.exists())
+
+asyncio.run(main())
+"""
+    script = FETCHES.replace("SIZE", "2") + ROOM + fetch.replace("SIZE", "2")
+    assert run_in_small_memory(tmp_path, script, has_disk=True) == ["False False"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system is mounted")
+def test_spares_make_room_for_a_bundle(tmp_path: Path) -> None:
+    script = """
+from lattice_worker.bundles import Bundles
+
+async def main():
+    data = BytesIO()
+    with ZipFile(data, "w") as archive:
+        archive.writestr("module.py", "#" * (2 << 20))
+    bundles = Bundles(os.environ["MEMORY"])
+    bundles.learn([task_pb2.CodeBundle(digest="sha256:code", zip=data.getvalue())])
+    await bundles.unpacking("sha256:code")
+    print(Path(bundles.path("sha256:code"), "module.py").stat().st_size, spare.exists())
+    bundles.close()
+
+asyncio.run(main())
+"""
+    assert run_in_small_memory(tmp_path, ROOM + script, has_disk=False) == [f"{2 << 20} False"]

@@ -86,7 +86,11 @@ def test_spares_make_room_for_an_upload(short_path: Path) -> None:
 import os
 start(os.environ["DISK"])
 first = upload(3)
-store.release([first])
+
+async def release():
+    store.release([first])
+
+asyncio.run(release())
 print(len(os.listdir(store.directory / "spares")))
 assert upload(14, b"y")
 print(len(os.listdir(store.directory / "spares")))

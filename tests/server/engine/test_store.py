@@ -14,8 +14,8 @@ import pytest
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
 from lattice_server.engine import store_folder
-from lattice_server.engine.artifact_files import SPARES
 from lattice_server.engine.artifact_store import HEAD, UPLOAD_BOUND, ArtifactStore
+from lattice_server.engine.spare_keeper import SPARES, SpareKeeper
 from lattice_server.engine.usage import Bound
 from lattice_worker.runner import artifacts
 
@@ -193,6 +193,51 @@ def test_no_more_is_kept_to_be_written_again_than_the_limit() -> None:
         assert spares(store) == [LARGE, LARGE]
 
     play(scenario, spare_limit_bytes=3 * LARGE - 1)
+
+
+def test_a_file_that_is_read_is_no_spare() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(b"x" * LARGE))
+        with (store.directory / artifact.artifact_id).open("rb") as file:
+            store.release([artifact])
+            assert files(store.directory) == []
+            assert file.read() == b"x" * LARGE
+
+    play(scenario)
+
+
+def test_spares_are_deleted_when_nothing_was_dropped_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        for _ in range(2):
+            store.release([await store.write(chunks(b"x" * LARGE))])
+            assert spares(store) == [LARGE]
+            async with asyncio.timeout(TIMEOUT_S):
+                while spares(store):
+                    await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(SpareKeeper.__init__, "__defaults__", (0.0,))
+    play(scenario)
+
+
+def test_a_file_is_dropped_although_a_worker_takes_a_spare_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    async def scenario(store: ArtifactStore) -> None:
+        first, second = await store.write(chunks(b"x" * LARGE)), await store.write(chunks(b"y" * LARGE))
+        store.release([first])
+
+        def scan_and_take(folder: Path) -> Any:
+            found = list(scan(folder))
+            os.rename(found[0].path, store.directory / ("1" * 32))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", scan_and_take)
+            store.release([second])
+        assert not await is_there(store, second)
+        assert [path.name for path in store.directory.iterdir() if path.is_file()] == ["1" * 32]
+
+    play(scenario)
 
 
 def test_a_reader_reads_to_the_end_when_its_file_is_dropped() -> None:

@@ -1,7 +1,7 @@
 """The exchange of a host: the parts of files that it sends to other hosts, and the values that it fetches."""
 
-import fcntl
 import json
+import os
 import pickle
 import socket
 import threading
@@ -14,6 +14,7 @@ import ray
 
 from lattice_server.executors import ray_transfer
 from lattice_server.executors.ray_transfer import AHEAD, Exchange, Part, host_name
+from lattice_worker.runner.spare_files import is_unused
 
 PATIENCE_S = 7.0
 VALUE = bytes(range(4 * 3 * AHEAD + 1))
@@ -60,26 +61,27 @@ def test_a_dropped_file_is_not_reused_while_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(b"some bytes")
     part = serving(tmp_path).read("value", 0)
     with path.open("r+b") as spare:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(spare, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not is_unused(spare.fileno())
         del part
-        fcntl.flock(spare, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert is_unused(spare.fileno())
 
 
 @pytest.mark.parametrize("by_another", [True, False])
-def test_a_file_dropped_just_before_its_lock_is_not_read(
+def test_a_file_dropped_just_before_it_is_opened_is_not_read(
     by_another: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "value"
     path.write_bytes(b"some bytes")
-    found = serving(tmp_path)
+    found, status = serving(tmp_path), os.fstat
 
-    def drop_and_lock(*_: Any) -> None:
+    def drop_and_look(descriptor: int) -> os.stat_result:
+        monkeypatch.setattr(os, "fstat", status)
         path.rename(tmp_path / "spare")
         if by_another:
             path.write_bytes(b"other bytes")
+        return status(descriptor)
 
-    monkeypatch.setattr(fcntl, "flock", drop_and_lock)
+    monkeypatch.setattr(os, "fstat", drop_and_look)
     with pytest.raises(FileNotFoundError):
         found.read("value", 0)
 
