@@ -30,6 +30,10 @@ class SandboxError(Exception):
     """A sandbox could not be set up; the message says which part of it."""
 
 
+class ProcessLostError(SandboxError):
+    """The process of a sandbox ended without a word, by itself or by another: it says nothing of what can be set up."""
+
+
 class Supervisor:
     """Supervises the process of one sandbox."""
 
@@ -84,8 +88,11 @@ class Supervisor:
 
     def refuse(self, reason: str) -> None:
         """Refuse the process; no effect after it was accepted."""
+        self._refuse(SandboxError(f"{self.policy.level}: {reason}"))
+
+    def _refuse(self, error: SandboxError) -> None:
         if not self.sealed.done():
-            self.sealed.set_exception(SandboxError(f"{self.policy.level}: {reason}"))
+            self.sealed.set_exception(error)
 
     def watch(self, pid: int, limit_bytes: int, cpus: int, on_excess: Callable[[str, str], None]) -> None:
         """Measure the memory and the processor time of a process and all below it, up to `cpu_s` for each of `cpus`.
@@ -146,7 +153,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop watching: the process has ended."""
-        self.refuse("the process ended before it was sealed")
+        self._refuse(ProcessLostError(f"{self.policy.level}: the process ended before it was sealed"))
         self.network.close()
         if self._watching is not None:
             self._watching.cancel()
