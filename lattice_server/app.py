@@ -14,7 +14,7 @@ from typing import Any
 
 from lattice.v1 import cluster_pb2
 
-from lattice_server import __version__
+from lattice_server import __version__, background
 from lattice_server.composition import Engine, authentication_of, executor_of, metrics_of, rpc_server, tracing_of
 from lattice_server.config import ServerConfig
 from lattice_server.core.errors import UnavailableError
@@ -38,7 +38,7 @@ IDLE_BYTES = 64 * 1024 * 1024
 
 
 class SchedulerError(Exception):
-    """The scheduler or the journal failed for good, and the server was stopped."""
+    """A part of the server failed for good, and the server was stopped."""
 
 
 class App:
@@ -93,7 +93,7 @@ class App:
         self.address = self.config.address(port)
         self._engine.scheduler.start()
         self._start_background()
-        contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke)
+        contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke, self._fail)
         try:
             if self._metrics is not None:
                 await self._metrics.start()
@@ -116,7 +116,7 @@ class App:
             found.append(reload_on_change(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
         if self._rpc.certificates is not None:
             found.append(self._rpc.certificates.reload_on_change())
-        self._background += map(asyncio.create_task, found)
+        self._background += [background.start(work, self._fail) for work in found]
 
     async def _restore(self, restorer: RunRestorer) -> None:
         try:
@@ -124,8 +124,12 @@ class App:
         except UnavailableError:
             return  # The server stops.
         except Exception:
-            log.critical("the runs of the journal cannot be restored, and the server stops", exc_info=True)
-            self.has_failed.set()
+            log.critical("the runs of the journal cannot be restored, and the server stops")
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Have the server stopped: a part of it has failed."""
+        self.has_failed.set()
 
     def _is_idle(self) -> bool:
         """Whether no task is open, and so little is kept that looking through it takes a few ms."""
@@ -220,14 +224,16 @@ async def serve(config: ServerConfig, announce: Callable[[str, str], None]) -> N
     finally:
         await app.stop()
     if app.has_failed.is_set():
-        raise SchedulerError("the scheduler or the journal failed, and the server stopped; its log says why")
+        raise SchedulerError("a part of the server failed, and the server stopped; its log says why")
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+    tasks = [background.share(wait) for wait in waits]
+    ended, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in left:
         task.cancel()
+    for task in ended:
+        task.result()
 
 
 def _on_signals(callback: Callable[[], None]) -> None:

@@ -138,6 +138,8 @@ async def reload_on_change(
                 apply(read(path))
             except SecurityError as error:
                 log.error("%s; its earlier content stays valid", error)
+            except Exception:
+                log.exception("%s %s cannot be read; its earlier content stays valid", flag, path)
     except OSError as error:
         log.error("%s %s: its changes cannot be watched: %s", flag, path, error.strerror)
     log.error("%s %s: its changes are no longer watched; restart the server to watch them", flag, path)

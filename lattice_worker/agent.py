@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
-from lattice_worker import adoption, convert, host
+from lattice_worker import adoption, background, convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
@@ -99,7 +99,8 @@ class Agent:
     async def _serve(self) -> None:
         if self._fetcher is not None:
             await self._fetcher.start()
-        warming = asyncio.create_task(self._pool.warm())
+        # Without spare processes an attempt starts its own.
+        warming = background.start(self._pool.warm(), background.only_log)
         self._levels = frozenset(await self._pool.levels())
         self._network_levels = frozenset(await self._pool.network_levels(self._levels))
         use_huge_pages()
@@ -133,7 +134,7 @@ class Agent:
             self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
             call = workers.Connect(self._outbox.open(self._hello()))
-            beating = asyncio.create_task(self._beat(call))
+            beating = background.start(self._beat(call), lambda _: call.cancel())
             try:
                 async for response in call:
                     self._heard_at = asyncio.get_running_loop().time()
@@ -150,8 +151,7 @@ class Agent:
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
-                    raise
-                log.info("the server sent nothing for %.1f s", self._silence_limit_s, extra=self._named())
+                    raise  # Otherwise `_beat` has cancelled the call.
             finally:
                 beating.cancel()
                 self._outbox.close()
@@ -165,6 +165,7 @@ class Agent:
             # Nothing wakes this earlier: heartbeats are for a stream on which nothing else is sent.
             await asyncio.sleep(self._heartbeat_s)
             self._outbox.beat()
+        log.info("the server sent nothing for %.1f s", self._silence_limit_s, extra=self._named())
         call.cancel()
 
     def _closed(self, close: worker_pb2.Close) -> bool:

@@ -1,6 +1,5 @@
 """Uploads of artifacts that the server asks for, each over a call of its own."""
 
-import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -8,6 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
+from lattice_worker import background
 from lattice_worker.local_store import LocalStore
 from lattice_worker.outbox import CHUNK_BYTES
 
@@ -15,17 +15,15 @@ log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """The uploads that are under way."""
+    """Starts uploads."""
 
     def __init__(self, local_store: LocalStore) -> None:
         self._local_store = local_store
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
         """Begin an upload."""
-        task = asyncio.create_task(send(workers, wanted, self._local_store))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # The end of the call, or of the stream, tells the reader.
+        background.start(send(workers, wanted, self._local_store), background.only_log)
 
 
 async def send(

@@ -11,12 +11,12 @@ from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker import convert, outcomes
+from lattice_worker import background, convert, outcomes
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.code_cache import CodeCache
 from lattice_worker.crash import Suspects
 from lattice_worker.egress.agent import Connection
-from lattice_worker.execution import Execution
+from lattice_worker.execution import Execution, named
 from lattice_worker.invocation import Invocation, RunnerKey, failed
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore, MissingError
@@ -130,8 +130,8 @@ class AttemptExecutor:
         try:
             self._start(assignment, self._execution(assignment.lease_id))
         except Exception as error:  # A lease that was taken has to end, also if this is a bug.
-            log.exception("the lease could not be started", extra=_named(assignment))
-            self._fail(assignment, "internal", f"the attempt could not be started: {type(error).__name__}: {error}")
+            log.exception("the lease could not be started", extra=named(assignment))
+            self._fail_to_start(assignment, error)
 
     def stop(self, lease_id: str, kind: str, message: str) -> None:
         """End a lease as a failure of this kind."""
@@ -187,7 +187,7 @@ class AttemptExecutor:
             self._run(assignment, function, execution, runner_or_none)
             return
         preparing = self._start_cold(assignment, function, execution, key, missing)
-        execution.preparing = asyncio.get_running_loop().create_task(preparing)
+        execution.preparing = background.start(preparing, partial(self._fail_to_start, assignment))
         self.code.bundles.need(key.bundle)
         execution.preparing.add_done_callback(lambda _: self.code.bundles.release(key.bundle))
         execution.preparing.add_done_callback(lambda _: self.code.drop_bundles())
@@ -315,6 +315,9 @@ class AttemptExecutor:
     def _fail(self, assignment: worker_pb2.Assignment, kind: str, message: str) -> None:
         self._end(assignment, failed(kind, message), [])
 
+    def _fail_to_start(self, assignment: worker_pb2.Assignment, error: BaseException) -> None:
+        self._fail(assignment, "internal", f"the attempt could not be started: {type(error).__name__}: {error}")
+
     def _end(
         self,
         assignment: worker_pb2.Assignment,
@@ -340,11 +343,4 @@ class AttemptExecutor:
 
 def _note(what: str, assignment: worker_pb2.Assignment) -> None:
     if log.isEnabledFor(logging.DEBUG):
-        log.debug(what, extra=_named(assignment))
-
-
-def _named(assignment: worker_pb2.Assignment) -> dict[str, object]:
-    """Return the ids that a log line about a lease names; of a batch those of the first attempt."""
-    first = assignment.attempts[0] if assignment.attempts else worker_pb2.Attempt()
-    named = {"run_id": first.run_id, "task_id": first.task_id, "attempt": first.number}
-    return {"lease_id": assignment.lease_id, **named}
+        log.debug(what, extra=named(assignment))

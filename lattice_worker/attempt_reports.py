@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from lattice.v1 import task_pb2, worker_pb2
 
-from lattice_worker import convert, outcomes
+from lattice_worker import background, convert, outcomes
 from lattice_worker.egress.agent import Connection
+from lattice_worker.invocation import failed
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.tracing import traced_from_frame, traced_item
@@ -118,7 +120,7 @@ class AttemptReports:
     ) -> None:
         """Report the end of every attempt of a lease; before it all accesses of a sandbox with a `connection`."""
         if connection is not None:
-            self._keep(self._end_connected(assignment, answer, blobs, connection))
+            self._keep(assignment, answer, self._end_connected(assignment, answer, blobs, connection))
             return
         self._unreported.pop(assignment.lease_id, None)
         size, limit_bytes = len(assignment.attempts), self._limits.message_bytes
@@ -128,12 +130,19 @@ class AttemptReports:
             self._report_end(assignment.lease_id, answer, outcomes.reports_of(*asked))
             return
         # Meanwhile the event loop sends heartbeats and serves other leases.
-        self._keep(self._end_large(asked, answer))
+        self._keep(assignment, answer, self._end_large(asked, answer))
 
-    def _keep(self, ending: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(ending)
+    def _keep(
+        self, assignment: worker_pb2.Assignment, answer: dict[str, Any], ending: Coroutine[Any, Any, None]
+    ) -> None:
+        task = background.start(ending, partial(self._end_failed, assignment, answer))
         self._converting.add(task)
         task.add_done_callback(self._converting.discard)
+
+    def _end_failed(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], error: BaseException) -> None:
+        """End a lease whose own answer could not be reported."""
+        text = f"its end could not be reported: {type(error).__name__}: {error}"
+        self.end(assignment, failed("internal", text) | {"made": answer.get("made", ())}, [])
 
     async def _end_connected(
         self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes], connection: Connection

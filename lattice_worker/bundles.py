@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lattice.v1 import task_pb2
 
+from lattice_worker import background
 from lattice_worker.runner.spare_files import SPARES, delete_spares
 
 FOLDER = "bundles"
@@ -55,7 +56,7 @@ class Bundles:
             known = self._unpacking.get(bundle.digest)
             if known is None or _has_failed(known):
                 unpacking = asyncio.to_thread(_unpack, bundle.zip, Path(self.path(bundle.digest)))
-                self._unpacking[bundle.digest] = asyncio.create_task(unpacking)
+                self._unpacking[bundle.digest] = background.share(unpacking)
 
     def path(self, digest: str) -> str:
         """Return where a bundle is, or will be, unpacked; nothing for no bundle."""
@@ -91,7 +92,8 @@ class Bundles:
         """Delete the retired bundles that nothing uses; `is_used` tells whether a process has one."""
         for path in [path for path in self.retired if not self._starting[path] and not is_used(path)]:
             unpacking = self._unpacking.pop(self.retired.pop(path))
-            task = asyncio.create_task(_drop(unpacking, Path(path)))
+            # The next worker that starts deletes one that is left.
+            task = background.start(_drop(unpacking, Path(path)), background.only_log)
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)
 

@@ -43,12 +43,12 @@ class Crash:
         for invocation in running:
             invocation.cancel_description_timer()
             if invocation.ending:
-                invocation.on_end(invocation.ending, [])
+                invocation.end(invocation.ending, [])
             elif invocation in causes:
-                invocation.on_end(failure, [])
+                invocation.end(failure, [])
             else:
                 text = f"the process it shared with other async tasks {_how(status)}"
-                invocation.on_given_back(text, not is_known)
+                invocation.give_back(text, is_suspect=not is_known)
 
     def _failure(self, status: int) -> dict[str, Any]:
         if self.exceeded is not None:

@@ -51,3 +51,10 @@ class Execution:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+def named(assignment: worker_pb2.Assignment) -> dict[str, object]:
+    """Return the ids that a log line about a lease names; of a batch those of the first attempt."""
+    first = assignment.attempts[0] if assignment.attempts else worker_pb2.Attempt()
+    ids = {"run_id": first.run_id, "task_id": first.task_id, "attempt": first.number}
+    return {"lease_id": assignment.lease_id, **ids}

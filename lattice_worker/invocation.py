@@ -1,11 +1,14 @@
 """One call of a function by a runner, as the agent sees it, and the key that says which runners may serve it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lattice_worker.sandbox.policy import THREADS
+
+log = logging.getLogger(__name__)
 
 DESCRIBE_S = 1.0
 Frame = tuple[dict[str, Any], list[bytes]]
@@ -75,6 +78,7 @@ class Invocation:
         description_timer: bounds how long the runner may take to describe an error.
         claim: the number of a pipelined invocation in the claim pipe; 0 for others.
         number: the number of the invocation in its runner.
+        is_over: whether it has ended or was given back; it does so once.
     """
 
     name: str
@@ -95,6 +99,25 @@ class Invocation:
     description_timer: asyncio.TimerHandle | None = None
     claim: int = 0
     number: int = 0
+    is_over: bool = False
+
+    def end(self, answer: dict[str, Any], blobs: list[bytes]) -> None:
+        """End it by an answer, or as a failure when the answer cannot be taken."""
+        if self.is_over:
+            return
+        self.is_over = True
+        try:
+            self.on_end(answer, blobs)
+        except Exception as error:
+            log.exception("the answer of an invocation could not be taken", extra={"lease_id": self.name})
+            text = f"its end could not be reported: {type(error).__name__}: {error}"
+            self.on_end(failed("internal", text) | {"made": answer.get("made", ())}, [])
+
+    def give_back(self, reason: str, *, is_suspect: bool) -> None:
+        """End it without an answer: its runner died, and another invocation may be the cause."""
+        if not self.is_over:
+            self.is_over = True
+            self.on_given_back(reason, is_suspect)
 
     def log_output(self, stream: str, text: str, size: int) -> None:
         """Log output past `sys.stdout` that is `size` bytes, up to the limit."""

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import grpc
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, worker_pb2
 
-from lattice_worker import convert
+from lattice_worker import background, convert
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.bundles import Bundles
 from lattice_worker.config import HEAD_STORE
@@ -136,7 +136,7 @@ class LocalStore:
         self._unneeded.discard(artifact_id)
         found = self._fetching.get(artifact_id)
         if found is None:
-            found = self._fetching[artifact_id] = asyncio.create_task(self._obtain(artifact))
+            found = self._fetching[artifact_id] = background.share(self._obtain(artifact))
             found.add_done_callback(lambda _: self._fetching.pop(artifact_id, None))
         return found
 

@@ -15,6 +15,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from lattice_worker import background
+
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # For every step, some MiB.
@@ -47,7 +49,7 @@ class PeerFetcher:
         """Tell the parent process where this node's store is, and read its answers."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
         self._send(store=self._store_directory)
-        self._reading = asyncio.create_task(self._listen(reader))
+        self._reading = background.start(self._listen(reader), lambda _: self._fail_all())
 
     def close(self) -> None:
         """Close the socket."""

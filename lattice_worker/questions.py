@@ -6,11 +6,12 @@ Rule: each gets one answer, or ends with its lease; an answer that arrives twice
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
-from lattice_worker import convert
+from lattice_worker import background, convert
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore, MissingError
 from lattice_worker.runner_handle import Runner
@@ -28,7 +29,6 @@ class Questions:
     def __init__(self, emit: Callable[[worker_pb2.Report], None], limits: Limits, local_store: LocalStore) -> None:
         self._limits = limits
         self._local_store = local_store
-        self._fetching: set[asyncio.Task[None]] = set()
         self.last_answer = 0
         self._emit = emit
         self._reading: set[str] = set()
@@ -69,9 +69,7 @@ class Questions:
         if not message.HasField("outputs"):
             runner.answer(message.lease_id, *_frame(message))
         elif missing := self._local_store.fetching(message.outputs.outputs.values()):
-            task = asyncio.get_running_loop().create_task(self._answer_call(message, runner, missing))
-            self._fetching.add(task)
-            task.add_done_callback(self._fetching.discard)
+            background.start(self._answer_call(message, runner, missing), partial(_answer_failed, message, runner))
         else:
             runner.answer(message.lease_id, *self._outputs_frame(message, runner))
 
@@ -152,6 +150,11 @@ def _wait(assignment: worker_pb2.Assignment, header: dict[str, Any], _: list[byt
 
 def _failed(message: worker_pb2.Answer, text: str) -> dict[str, Any]:
     return {"number": message.number, "failure": {"type": "", "message": text, "kind": "PAYLOAD"}}
+
+
+def _answer_failed(message: worker_pb2.Answer, runner: Runner, error: BaseException) -> None:
+    text = f"the value of the called task could not be fetched: {type(error).__name__}: {error}"
+    runner.answer(message.lease_id, _failed(message, text), [])
 
 
 def _kind(failure: errors_pb2.Failure) -> str:

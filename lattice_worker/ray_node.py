@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lattice.v1 import worker_pb2
 
-from lattice_worker import host
+from lattice_worker import background, host
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_folder import LOG, RayFolder
 from lattice_worker.runner.process_tree import kill_tree
@@ -64,7 +64,7 @@ class RayNode:
 
     def start(self) -> None:
         """Start the node, and again whenever it ends."""
-        self._restarting = asyncio.create_task(self._keep_running())
+        self._restarting = background.start(self._keep_running(), lambda _: self.start())
 
     async def stop(self, *, at_once: bool = False) -> None:
         """End the node and its processes; `at_once` without waiting for its cluster, which is gone."""
@@ -109,6 +109,8 @@ class RayNode:
                 log.warning("the Ray node of this machine ended with status %s; starting another", status)
             except OSError as error:
                 log.warning("a Ray node could not be started on this machine: %s; trying again", error)
+            except Exception:
+                log.exception("a Ray node could not be started on this machine; trying again")
             # One that cannot even start must not be started in a tight loop.
             await asyncio.sleep(RESTART_S)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
+from lattice_worker import background
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
 from lattice_worker.egress.agent import Connection
@@ -46,13 +47,14 @@ class Runner:
         self._numbers = count(1)
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._crash = Crash()
+        self._ending: list[Invocation] = []
 
     async def start(self, starter: Starter, *, is_async: bool) -> None:
         """Start the process. Raises OSError and SandboxError."""
         listener = Listener(self._take, self._break, self._lost, self._take_output)
         self.process = await start_process(starter, self._staging, listener, is_async=is_async, sandbox=self.sandbox)
         self.pipeline, self.folder = self.process.pipeline, self.process.folder
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        background.start(self._watch(), self._end_unwatched)
 
     def adopt(self, key: RunnerKey) -> None:
         """Assign the runner to a key, once and for all."""
@@ -246,7 +248,7 @@ class Runner:
         self.functions.drop_unneeded()
         if not self.running and not self.pipeline:
             self._on_idle(self)
-        invocation.on_end(header, blobs)
+        invocation.end(header, blobs)
 
     def _retire(self, reason: str) -> None:
         """Refuse the invocations that the process was sent after its last answer: it ends itself."""
@@ -259,7 +261,7 @@ class Runner:
         self.pipeline.clear()
         for invocation in refused.values():
             if invocation.ending:
-                invocation.on_end(invocation.ending, [])
+                invocation.end(invocation.ending, [])
             else:
                 invocation.on_refused()
 
@@ -304,13 +306,25 @@ class Runner:
         self.process.close()
         self.pipeline.clear()
         self._on_gone(self)
-        running, self.running = self.running, {}
+        self._ending, self.running = list(self.running.values()), {}
         if self.sandbox is not None:
             self._crash.exceeded = self.sandbox.crash(status, self.process.process.cpu_s)
             self.sandbox.close()
-        self._crash.end(list(running.values()), status, self.process.marks.stepping)
+        self._crash.end(self._ending, status, self.process.marks.stepping)
         self.process.marks.close()
         if self.sandbox is not None:
             await asyncio.to_thread(self.sandbox.discard)
         # Artifacts that it was writing, or wrote and did not report.
         await asyncio.to_thread(self._staging.discard, self.folder)
+
+    def _end_unwatched(self, error: BaseException) -> None:
+        """End the invocations of a process whose end could not be handled."""
+        self.kill()
+        self._on_gone(self)
+        left, self.running = [*self._ending, *self.running.values()], {}
+        text = f"the end of its process could not be handled: {type(error).__name__}: {error}"
+        for invocation in left:
+            invocation.cancel_description_timer()
+            invocation.end(invocation.ending or failed("internal", text), [])
+        if self.sandbox is not None:
+            self.sandbox.close()

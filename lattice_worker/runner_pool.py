@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Container, Iterable
 
+from lattice_worker import background
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
@@ -184,7 +185,7 @@ class Pool:
 
     def _refill(self) -> None:
         if not self._is_closed and (self._refilling is None or self._refilling.done()):
-            self._refilling = asyncio.get_running_loop().create_task(self._start_spares())
+            self._refilling = background.start(self._start_spares(), background.only_log)
 
     async def _start_spares(self) -> None:
         # Where a process cannot be started now, the attempt that needs one reports it.

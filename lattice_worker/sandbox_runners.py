@@ -14,12 +14,13 @@ from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroups
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
-from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
+from lattice_worker.sandbox.supervisor import ProcessLostError, SandboxError, Supervisor
 
 log = logging.getLogger(__name__)
 
 SPARES = 1  # Of each policy.
 SEAL_S = 60.0
+TRIES = 3  # Of a level whose process is lost in its trial, with the one that forks it or alone.
 NETWORK = ("lattice.invalid:443",)  # Of the trial; nothing connects to it.
 
 
@@ -99,7 +100,7 @@ class SandboxRunners:
     async def _offers(self, level: str, network: tuple[str, ...] = ()) -> bool:
         policy = _policy(RunnerKey(isolation=level, network=network))
         try:
-            runner = await self._seal(policy)
+            runner = await self._try(policy)
             if network:
                 runner.kill()
                 return True
@@ -112,6 +113,17 @@ class SandboxRunners:
             log.warning("isolation by %s is not offered: %s", level, self.refusals[level])
             return False
         return True
+
+    async def _try(self, policy: Policy) -> Runner:
+        """Seal a process, and another one if it is lost. Raises OSError and SandboxError."""
+        for left in reversed(range(TRIES)):
+            try:
+                return await self._seal(policy)
+            except (ConnectionError, ProcessLostError) as error:
+                if not left:
+                    raise
+                log.warning("%s is tried again: %s", policy.level, error)
+        raise AssertionError("the last try raises")
 
     async def _offers_containers(self) -> bool:
         try:

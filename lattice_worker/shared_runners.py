@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from lattice_worker import background
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
 
@@ -23,7 +24,7 @@ class SharedRunners:
         """Return the runner of a key; `start` starts it if there is none. Raises OSError."""
         found = self._usable(key)
         if found is None:
-            found = self._by_key[key] = asyncio.ensure_future(start(key))
+            found = self._by_key[key] = background.share(start(key))
         return await asyncio.shield(found)
 
     def remove(self, runner: Runner) -> None:

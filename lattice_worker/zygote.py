@@ -20,6 +20,7 @@ from lattice_worker import host
 
 PROGRAM = Path(__file__).parent / "runner" / "__main__.py"
 REPLY_BYTES = 4096
+DIED = "the process that starts others has died"
 
 
 class Process:
@@ -74,6 +75,8 @@ class Zygote:
 
     async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
         """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
+        if self.is_gone:
+            raise ConnectionError(DIED)
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         process = self._processes[number] = Process(partial(self.kill, number))
@@ -86,11 +89,14 @@ class Zygote:
             process.pid = await forked
         except BaseException as error:
             self._processes.pop(number, None)
+            self._forking.pop(number, None)
             if isinstance(error, asyncio.CancelledError):
                 self.kill(number)
+            elif isinstance(error, ConnectionError):
+                # Before the end of the socket is read, so that the next fork has another zygote.
+                self.close()
             raise
-        finally:
-            self._forking.pop(number, None)
+        del self._forking[number]
         return process
 
     def kill(self, number: int) -> None:
@@ -140,7 +146,7 @@ class Zygote:
         self._control.close()
         for forked in self._forking.values():
             if not forked.done():
-                forked.set_exception(ConnectionError("the process that starts others has died"))
+                forked.set_exception(ConnectionError(DIED))
         processes, self._processes = self._processes, {}
         for process in processes.values():
             if not process.ended.done():

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lattice_worker import host
+from lattice_worker import background, host
 from lattice_worker.runner.process_tree import children_of, kill_tree
 from lattice_worker.sandbox.policy import interpreter_environment
 from lattice_worker.zygote import Process, Zygote
@@ -32,7 +32,6 @@ class Zygotes:
         self._environment = _environment() | {name: value for name, value in given.items() if value}
         self._current: dict[bool, Zygote] = {}  # By whether it is the one of the sandboxes.
         self._starting = asyncio.Lock()
-        self._cleaning: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
@@ -63,9 +62,8 @@ class Zygotes:
             await zygote.process.wait()
 
     def _clean(self, zygote: Zygote) -> None:
-        task = asyncio.get_running_loop().create_task(self._end_orphans(zygote))
-        self._cleaning.add(task)
-        task.add_done_callback(self._cleaning.discard)
+        # Processes that are left end with this one.
+        background.start(self._end_orphans(zygote), background.only_log)
 
     async def _end_orphans(self, zygote: Zygote) -> None:
         """Kill the descendants of a dead zygote. They are children of this process now, if it adopts orphans."""

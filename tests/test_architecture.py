@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 import lattice_client
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +138,80 @@ def test_the_client_exports_the_names_it_imports_in_order() -> None:
     assert all(hasattr(lattice_client, name) for name in lattice_client.__all__)
     assert {*lattice_client.__all__} <= {*dir(lattice_client)}
     assert not hasattr(lattice_client, "nothing")
+
+
+# Coroutines of users, each of which is answered when it ends.
+OWN_TASKS = {"lattice_worker.runner.aio:_start"}
+MAKERS = ("create_task", "ensure_future")
+
+
+def test_each_background_task_has_an_owner_that_learns_of_its_failure() -> None:
+    bare = {
+        f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}:{function}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "background.py"
+        for function in _bare_tasks(path.read_text())
+    }
+    assert bare == OWN_TASKS
+
+
+@pytest.mark.parametrize(
+    ("body", "is_bare"),
+    [
+        ("asyncio.create_task(work())", True),
+        ("task = asyncio.create_task(work())", True),
+        ("self.tasks = list(map(asyncio.create_task, works))", True),
+        ("task = loop.create_task(work()); await asyncio.wait({task})", True),
+        ("task = loop.create_task(work()); await asyncio.gather(task, return_exceptions=True)", True),
+        ("task = loop.create_task(work()); await asyncio.wait({task}); task.result()", False),
+        ("tasks = [asyncio.ensure_future(one) for one in works]; await asyncio.gather(*tasks)", False),
+        ("return await asyncio.shield(asyncio.create_task(work()))", False),
+        ("async with asyncio.TaskGroup() as group: group.create_task(work())", False),
+    ],
+)
+def test_a_bare_task_is_one_that_its_function_does_not_await(body: str, is_bare: bool) -> None:
+    assert list(_bare_tasks(f"async def run():\n {body}")) == ["run"] * is_bare
+
+
+def _bare_tasks(text: str) -> Iterator[str]:
+    """Yield the functions that make a task with `asyncio`, and neither await it nor have it in a group."""
+    if not any(maker in text for maker in MAKERS):
+        return
+    for function in ast.walk(ast.parse(text)):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        nodes = list(_own_nodes(function))
+        awaits = [node for node in nodes if isinstance(node, ast.Await) and not _drops_errors(node)]
+        owned = {id(node) for await_ in awaits for node in ast.walk(await_)}
+        names = {name for await_ in awaits for name in _names(await_)} | {
+            name for node in nodes if isinstance(node, ast.Attribute) and node.attr == "result" for name in _names(node)
+        }
+        for node in nodes:
+            if isinstance(node, ast.Assign) and names.intersection(*map(_names, node.targets)):
+                owned.update(map(id, ast.walk(node.value)))
+            elif isinstance(node, ast.AsyncWith) and "TaskGroup" in ast.unparse(node.items[0]):
+                owned.update(map(id, ast.walk(node)))
+        yield from (
+            function.name
+            for node in nodes
+            if isinstance(node, ast.Attribute) and node.attr in MAKERS and id(node) not in owned
+        )
+
+
+def _drops_errors(node: ast.Await) -> bool:
+    """Whether an expression waits for tasks without raising their exceptions."""
+    text = ast.unparse(node)
+    return text.startswith("await asyncio.wait(") or "return_exceptions" in text
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+
+
+def _own_nodes(parent: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below a function, without those of functions in it."""
+    for node in ast.iter_child_nodes(parent):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _own_nodes(node)

@@ -36,6 +36,7 @@ class TaskOptions(TypedDict, total=False):
     retries: int
     retry_on: type[BaseException] | str | Sequence[type[BaseException] | str]
     retry_backoff: float | None
+    max_worker_losses: int | None
     timeout: float | None
     total_timeout: float | None
     max_parallel: int | None

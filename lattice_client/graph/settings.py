@@ -97,11 +97,14 @@ class TaskSettings:
     """The settings of a task. Times are in seconds.
 
     Attributes:
-        retries: the number of attempts after the first. An attempt whose worker was lost does not count.
+        retries: the number of attempts after the first. An attempt whose worker was lost does not count, see
+            `max_worker_losses`.
         retry_on: the failures that are retried, one or several: exception classes, `error` (any exception), `crash`,
             `out_of_memory`, `timeout`; all of them when empty.
         retry_backoff: the wait before the second attempt. It doubles for each further attempt, and varies at random by
             up to a half.
+        max_worker_losses: the task fails after so many losses of a worker on which it was alone, 3 by default, whatever
+            its `retries`: it may be what ends the workers.
         timeout: the time limit of an attempt, after which its process is killed.
         total_timeout: the time limit of the task from the time it is ready to start, with queueing and all attempts.
         batch_size: the most tasks in one call. The function gets a list for each argument (a function that takes
@@ -125,6 +128,7 @@ class TaskSettings:
     retries: int = 0
     retry_on: type[BaseException] | str | Sequence[type[BaseException] | str] = ()
     retry_backoff: float | None = None
+    max_worker_losses: int | None = None
     timeout: float | None = None
     total_timeout: float | None = None
     batch_size: int | None = None
@@ -143,12 +147,13 @@ class TaskSettings:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
         for name, least, most in (
             ("retries", 0, MAX_RETRIES),
+            ("max_worker_losses", 1, MAX_RETRIES + 1),
             ("max_parallel", 1, MAX_INT),
             ("priority", -MAX_INT, MAX_INT),
             ("batch_size", 1, MAX_BATCH),
         ):
             value = getattr(self, name)
-            if value is None and name in {"max_parallel", "batch_size"}:
+            if value is None and name in {"max_parallel", "batch_size", "max_worker_losses"}:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 is_above = isinstance(value, int) and value > most
@@ -173,6 +178,8 @@ class TaskSettings:
             spec.retry.CopyFrom(self._retry(label))
         elif self.retry_on or self.retry_backoff is not None:
             raise _bad(label, "retry_on" if self.retry_on else "retry_backoff", "used together with retries")
+        if self.max_worker_losses is not None:
+            spec.retry.max_worker_losses = self.max_worker_losses
         if self.timeout is not None:
             spec.timeout.attempt.CopyFrom(_limit(label, "timeout", self.timeout))
         if self.total_timeout is not None:

@@ -6,8 +6,10 @@ gets and commits a superstep at once.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
+from lattice_client import background
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.runs.open_run import AsyncOpenRun
@@ -36,7 +38,8 @@ class Additions:
         """Add a call with the next message."""
         self._waiting.append(addition)
         if len(self._waiting) == 1:
-            task = asyncio.create_task(self._send())
+            taken: list[Addition] = []
+            task = background.start(self._send(taken), partial(_fail, taken))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
@@ -48,17 +51,16 @@ class Additions:
         addition.added.cancel()
         return True
 
-    async def _send(self) -> None:
+    async def _send(self, additions: list[Addition]) -> None:
         if not self._waiting:  # all were withdrawn, and no run is needed
             return
         try:
             run = await self._opened()
         except BaseException as error:
-            additions, self._waiting = self._waiting, []
-            for addition in additions:
-                addition.added.set_exception(error)
+            additions[:], self._waiting = self._waiting, []
+            _fail(additions, error)
             return
-        additions, self._waiting = self._waiting, []
+        additions[:], self._waiting = self._waiting, []
         try:
             await _added(run, additions)
         except Exception:
@@ -68,6 +70,12 @@ class Additions:
                     await _added(run, [addition])
                 except BaseException as error:
                     addition.added.set_exception(error)
+
+
+def _fail(additions: list[Addition], error: BaseException) -> None:
+    for addition in additions:
+        if not addition.added.done():
+            addition.added.set_exception(error)
 
 
 async def _added(run: AsyncOpenRun, additions: list[Addition]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.pregel._tools import _tool_call_writer
 
+from lattice_client import background
 from lattice_client.errors import TaskFailedError
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.langgraph import codec, references
@@ -156,7 +157,8 @@ class Call:
                 answer.add_done_callback(lambda done: self._reply_future(asked, done))
             elif hasattr(answer, "__await__"):
                 # Other questions of the node are answered meanwhile.
-                task = asyncio.create_task(self._reply_awaited(asked, answer))
+                replying = self._reply_awaited(asked, answer)
+                task = background.start(replying, lambda error: self._reply(asked, "error", error))
                 answering.add(task)
                 task.add_done_callback(answering.discard)
             else:

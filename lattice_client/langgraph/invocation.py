@@ -15,6 +15,7 @@ from typing import Any
 
 from langchain_core.runnables.config import var_child_runnable_config
 
+from lattice_client import background
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.errors import LatticeError, RunError
 from lattice_client.graph.definition import TaskDefinition
@@ -63,7 +64,7 @@ class Started:
         if self._is_cancelled:
             self._deliver(Ended(error=asyncio.CancelledError(f"the call of {self._name!r} was cancelled")))
         else:
-            self._task = asyncio.create_task(self._drive())
+            self._task = background.start(self._drive(), lambda error: self._deliver(Ended(error=error)))
 
     def cancel(self) -> None:
         """End its attempt; the call then ends within CANCEL_S."""
@@ -161,7 +162,7 @@ class Invocation:
             context = contextvars.copy_context()
             for variable in (current, var_child_runnable_config):
                 context.run(variable.set, None)
-            self._opening = asyncio.create_task(self._open(), context=context)
+            self._opening = background.share(self._open(), context)
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> AsyncOpenRun:

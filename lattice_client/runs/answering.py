@@ -8,6 +8,7 @@ from typing import Any
 
 from lattice.v1 import workflow_pb2
 
+from lattice_client import background
 from lattice_client.runs.open_run_stream import OpenRunStream
 from lattice_client.runs.questions import OnQuestion, Question
 
@@ -64,8 +65,8 @@ class AnsweringTasks:
     def start(self) -> None:
         """Start to answer the questions that were not taken yet; cancel the answers to withdrawn questions."""
         while (question := self._questions.take()) is not None:
-            task = asyncio.get_running_loop().create_task(self._answer(question))
-            self._tasks[question] = task
+            # The error of a handler is the answer to its question.
+            self._tasks[question] = background.start(self._answer(question), background.only_log)
         for question, task in list(self._tasks.items()):
             if task.done():
                 del self._tasks[question]

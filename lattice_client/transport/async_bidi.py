@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 
+from lattice_client import background
 from lattice_client.transport.channel import BidiCall, Steps
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class AsyncSteps(Steps):
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._is_over = False
         self._error: BaseException | None = None
-        self._stepping: asyncio.Task[None] | None = asyncio.create_task(self._step_until_last(step))
-        self._stepping.add_done_callback(self._end)
+        stepping = background.share(self._step_until_last(step))
+        self._stepping: asyncio.Task[None] | None = stepping
+        stepping.add_done_callback(self._end)
 
     async def _step_until_last(self, step: Callable[[], Awaitable[bool]]) -> None:
         while await step():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
+from lattice_client import background
 from lattice_client.errors import RequestError
 from lattice_client.transport import forks
 from lattice_client.transport.async_bidi import AsyncBidiCall, AsyncSteps
@@ -94,8 +95,8 @@ class AsyncChannel(Channel):
         return AsyncDelivery()
 
     def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a coroutine in a task of the running event loop."""
-        task = asyncio.create_task(work())
+        """Run a coroutine in a task of the running event loop. It tells those who wait for it itself."""
+        task = background.start(work(), background.only_log)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
 

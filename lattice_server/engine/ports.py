@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from lattice_server.background import OnFailure
 from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import Fact, SchedulerEvent, WorkerEffect
 from lattice_server.core.model import Capacity
@@ -18,12 +19,14 @@ class Contact:
     other machines by `target`, where they show a token.
 
     `issue` makes a token for the worker of a node, which belongs to a subject, and `revoke` takes a token back.
+    `on_failure` stops the server: nothing starts workers any more.
     """
 
     local_target: str
     target: str
     issue: Callable[[str, str], str]
     revoke: Callable[[str], None]
+    on_failure: OnFailure
 
 
 @frozen

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+from lattice_server import background
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import TaskSucceeded
 from lattice_server.core.tenancy import Reach, Shelf, key_of
@@ -135,7 +136,7 @@ class RunRestorer:
     async def _once(self, number: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Make a run again, once for all that wait for it."""
         if (task := self._works.get(number)) is None:
-            task = self._works[number] = asyncio.ensure_future(work())
+            task = self._works[number] = background.share(work())
             task.add_done_callback(lambda _: self._works.pop(number, None))
         try:
             await asyncio.shield(task)

@@ -1,13 +1,13 @@
 """Starts one worker as a process of this machine. Rule: it ends, by id, only the processes that it started."""
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
@@ -38,15 +38,14 @@ class LocalExecutor:
         """Start the worker, again whenever it dies; none when the server offers no CPUs."""
         if self._config.num_cpus == 0:
             return
-        self._supervisor = asyncio.create_task(self._supervise(contact, post))
+        self._supervisor = background.start(self._supervise(contact, post), contact.on_failure)
 
     async def stop(self) -> None:
         """End the worker."""
         self._is_stopping = True
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.wait([self._supervisor])
         process = self._process
         if process is not None and process.returncode is None:
             process.terminate()

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership, RayCluster
@@ -51,12 +52,13 @@ class RayExecutor:
         """Start Ray and the workers, again whenever one dies. Raises ExecutorError when Ray cannot start."""
         self._contact = contact
         workers = self._workers = RayWorkers(self._config, contact, self._order, post, self._members.note_release)
-        self._supervisor = asyncio.create_task(self._supervise(workers))
-        up = asyncio.create_task(self._is_up.wait())
+        self._supervisor = background.share(self._supervise(workers))
+        up = background.share(self._is_up.wait())
         await asyncio.wait({self._supervisor, up}, return_when=asyncio.FIRST_COMPLETED)
         up.cancel()
         if self._supervisor.done():
             self._supervisor.result()
+        background.watch(self._supervisor, contact.on_failure)
 
     async def stop(self) -> None:
         """End the workers and the Ray this executor started; leave another's as it was."""
@@ -66,8 +68,7 @@ class RayExecutor:
                     await self._workers.all_ended()
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.wait([self._supervisor])
 
     def ray_address(self) -> str:
         """Return where Ray's head listens."""

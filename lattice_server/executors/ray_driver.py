@@ -21,6 +21,7 @@ import ray._private.worker
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lattice_server import background
 from lattice_server.executors.processes import end_session
 from lattice_server.executors.ray_actor import WorkerHost
 from lattice_server.executors.ray_transfer import host_name
@@ -78,8 +79,7 @@ class Driver:
                 case "reserve":
                     self._groups[order["key"]] = placement_group([order["bundle"]], strategy="STRICT_PACK")
                 case "serve":
-                    serving = self._serving[order["key"]] = asyncio.create_task(self._serve(order))
-                    serving.add_done_callback(self._check)
+                    self._serving[order["key"]] = background.start(self._serve(order), self._fail)
                 case "release":
                     self._release(order["key"])
 
@@ -111,9 +111,8 @@ class Driver:
         if group := self._groups.pop(key, None):
             remove_placement_group(group)
 
-    def _check(self, serving: asyncio.Task[None]) -> None:
-        if not serving.cancelled() and (error := serving.exception()):
-            self._end(f"Ray failed: {error}")
+    def _fail(self, error: BaseException) -> None:
+        self._end(f"Ray failed: {error}")
 
     def _watch_processes(self) -> None:
         """End at once when Ray does: without its head a driver is ended from within, sooner or later."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact
@@ -45,7 +46,6 @@ class RayWorkers:
         self._on_release = on_release
         self._reservations: dict[str, Reservation] = {}
         self._given_up: deque[str] = deque(maxlen=MAX_GIVEN_UP)
-        self._ending: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
         self._is_stopping = False
 
@@ -72,9 +72,7 @@ class RayWorkers:
         if event["event"] == "placed":
             reservation.placed_at = asyncio.get_running_loop().time()
         else:
-            ending = asyncio.create_task(self._end(reservation, event["status"], event["reason"]))
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
+            background.start(self._end(reservation, event["status"], event["reason"]), self._contact.on_failure)
 
     def has_given_up(self, worker_id: str) -> bool:
         """Whether the scheduler was told that a worker is lost."""

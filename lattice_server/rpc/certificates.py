@@ -52,6 +52,9 @@ class Certificates:
             # The two files of a pair are written one after the other.
             log.warning("%s; the certificate stays as it was", error)
             return
+        except Exception:
+            log.exception("%s cannot be read; the certificate stays as it was", certificate)
+            return
         if found is not None and found != self._tls:
             log.info("using a new certificate from %s", certificate)
             self._tls, self._is_new = found, True

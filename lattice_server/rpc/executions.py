@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.message import Message
 from lattice.v1 import results_pb2, task_pb2, workflow_pb2
 
+from lattice_server import background
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
@@ -127,12 +128,17 @@ class _Stream:
         self._open: dict[int, Callable[[], object]] = {}  # How each run on the stream is left.
         self._news = asyncio.Event()
         self._is_read = is_read
+        self._is_broken = False
 
     async def read(self, requests: Requests) -> None:
         """Take the requests of the caller, to the end of its side of the stream."""
         try:
             async for request in requests:
                 await self._take(request)
+        except BaseException:
+            # Requests after this one would wait for the end of the runs before it.
+            self._is_broken = True
+            raise
         finally:
             self.finish()
 
@@ -158,7 +164,7 @@ class _Stream:
                     return due
             if self._due:
                 self._make(self._due[0])
-            elif self._is_read and not self._open:
+            elif self._is_broken or (self._is_read and not self._open):
                 return None
             self._news.clear()
             await self._news.wait()
@@ -166,7 +172,7 @@ class _Stream:
     def _make(self, due: "Response | _Ended") -> None:
         """Have a large result made. One at a time, which a caller that does not read keeps from being sent."""
         if isinstance(due, _Ended) and due.making is None:
-            due.making = asyncio.create_task(self._result_of(due.entry))
+            due.making = background.share(self._result_of(due.entry))
             due.making.add_done_callback(lambda _: self._news.set())
 
     async def _take(self, request: workflow_pb2.ExecuteWorkflowsRequest) -> None:
@@ -193,7 +199,8 @@ class _Stream:
                     entry.log.when_complete(ended)
                 case "task":
                     # A task of its own, because it waits for the end of the run.
-                    work = asyncio.create_task(self._answer(number, request.task))
+                    answer = self._answer(number, request.task)
+                    work = background.start(answer, partial(self._fail_answer, number))
                     self._open[number] = work.cancel
                 case _:
                     raise invalid_field("start", "name a workflow to run, or a task")
@@ -213,11 +220,15 @@ class _Stream:
         del self._open[number]
         self._put(response)
 
+    def _fail_answer(self, number: int, error: BaseException) -> None:
+        self._open.pop(number, None)
+        self._put(self._refusal(number, error))
+
     def _put(self, due: Response | _Ended) -> None:
         self._due.append(due)
         self._news.set()
 
-    def _refusal(self, number: int, error: Exception) -> Response:
+    def _refusal(self, number: int, error: BaseException) -> Response:
         if not isinstance(error, LatticeError):
             bug, error = error, internal_error()
             log.error("a run of a stream failed to start", exc_info=bug, extra=error.metadata)

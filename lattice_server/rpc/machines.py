@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from lattice.v1 import worker_pb2
 
+from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import DrainRequested
@@ -74,7 +75,8 @@ class Machines:
                 membership.over.set_result("UNAUTHENTICATED")
 
         caller.ends.add(end)
-        reading = asyncio.create_task(self._read(machine.node_id, requests, membership))
+        # The stream ends with it.
+        reading = background.start(self._read(machine.node_id, requests, membership), background.only_log)
         waits: set[asyncio.Future[Any]] = {reading, membership.over}
         try:
             yield worker_pb2.ConnectResponse(joined=joined_to_proto(membership, self._config))

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from lattice_server import background
 from lattice_server.core.errors import ConflictError
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
@@ -51,7 +52,7 @@ class RequestCache:
         self._answers: OrderedDict[Key, _Answer] = OrderedDict()
         self._size_bytes = 0
 
-    async def once(self, request: Any, make: Callable[[], Awaitable[Response]]) -> Response:
+    async def once(self, request: Any, make: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
         """Carry out a request and return its answer, or return the answer that the same request got before.
 
         A request continues when its caller disconnects, and a repetition waits for its end. A failed request is not
@@ -75,7 +76,7 @@ class RequestCache:
         self._forget()
         known = self._answers.get(key)
         if known is None:
-            task = asyncio.ensure_future(make())
+            task = background.share(make())
             known = self._answers[key] = _Answer(fingerprint, task, self._clock())
             task.add_done_callback(partial(self._settle, key, known))
         elif known.fingerprint != fingerprint:

@@ -103,7 +103,7 @@ class WorkerReader:
                 # Repeated reports count as well: the message that drops their artifacts may have been lost.
                 artifacts += artifacts_in_report(report)
             if is_news:
-                events += self._events_of(report, session.session_id, connection)
+                events += self._events_or_failure(report, session.session_id, connection)
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
         events.append(messages.ReportsRead(session.session_id, session.last_sequence))
@@ -119,6 +119,19 @@ class WorkerReader:
             ahead_s = time_s - connection.clock.at(time_s) - (time.time() - time.monotonic())
         spans = spans_from_proto(report.traced, int(ahead_s * 1e9))
         self._spans.take_spans(session_id, report.lease_id, report.item, spans)
+
+    def _events_or_failure(
+        self, report: worker_pb2.Report, session_id: str, connection: Connection
+    ) -> list[messages.SchedulerEvent]:
+        """Return the events of a report. One that cannot be taken ends its lease, or it would be repeated for ever."""
+        try:
+            return self._events_of(report, session_id, connection)
+        except LatticeError:
+            raise
+        except Exception as error:
+            log.exception("a report cannot be taken", extra={**connection.named, "lease_id": report.lease_id})
+            failure = Failure(FailureKind.INTERNAL, f"a report of its worker cannot be taken: {error!r}")
+            return [messages.AttemptFailed(session_id, report.lease_id, report.item, failure)]
 
     def _events_of(
         self, report: worker_pb2.Report, session_id: str, connection: Connection

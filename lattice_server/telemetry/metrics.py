@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.telemetry import TelemetryError
 from lattice_server.telemetry.exporters import exporter
@@ -46,6 +47,7 @@ class Metrics:
 
             resource = otel.resource_of(version, epoch)
             self._export = otel.MetricExport(exporter("metrics", config.metrics), resource, self.read)
+        # Work goes on without metrics.
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -59,8 +61,8 @@ class Metrics:
             self._prometheus = serve(*self._address, read_from_thread)
             self.url = self._prometheus.url
         else:
-            self._background.append(asyncio.create_task(self._export.run()))
-        self._background.append(asyncio.create_task(self._state.watch_lag()))
+            self._background.append(background.start(self._export.run(), background.only_log))
+        self._background.append(background.start(self._state.watch_lag(), background.only_log))
 
     async def read(self) -> Sequence[Reading]:
         """Return all numbers at one moment, on the main thread."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
+from lattice_worker import background
 from lattice_worker.artifact_staging import locked
 from lattice_worker.containers import spec
 from lattice_worker.containers.config import EngineConfig
@@ -195,7 +196,7 @@ class Containers:
 
     def _remove(self, container: Container) -> None:
         if container.id and not container.gone.is_set():
-            task = asyncio.get_running_loop().create_task(self._remove_now(container))
+            task = background.start(self._remove_now(container), lambda _: container.end(-signal.SIGKILL))
             self._removing.add(task)
             task.add_done_callback(self._removing.discard)
 
@@ -231,7 +232,7 @@ class Containers:
             container.gone.set()
         self._live.clear()
         if engine is not None:
-            task = asyncio.get_running_loop().create_task(engine.close())
+            task = background.start(engine.close(), background.only_log)
             self._removing.add(task)
             task.add_done_callback(self._removing.discard)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
+from lattice_worker import background
 from lattice_worker.containers.config import EngineConfig
 
 DIGEST = "lattice.source"  # The label of an image that names the code in it.
@@ -109,7 +110,8 @@ class Engine:
 
         The name of the event is empty once the engine says no more.
         """
-        self._listening = asyncio.get_running_loop().create_task(self._listen(f"{label}={value}", on_event))
+        listening = self._listen(f"{label}={value}", on_event)
+        self._listening = background.start(listening, lambda _: on_event("", "", {}))
 
     async def _listen(self, label: str, on_event: Callable[[str, str, dict[str, str]], None]) -> None:
         filters = {"type": ["container"], "label": [label], "event": ["oom", "die", "destroy"]}

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from lattice_worker import background
 from lattice_worker.sandbox.network import Endpoint
 from lattice_worker.sandbox.policy import INTERPRETER_ENVIRONMENT
 
@@ -79,7 +80,7 @@ class Egress:
         self._connections[number] = connection
         listeners = [[endpoint.host, endpoint.port if endpoint.host else 0] for endpoint in endpoints]
         request = {"open": number, "servers": list(servers), "listeners": listeners}
-        task = asyncio.get_running_loop().create_task(self._open(number, request, descriptors))
+        task = background.start(self._open(number, request, descriptors), lambda _: self._lose_one(number))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return connection

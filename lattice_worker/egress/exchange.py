@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import h11
 
+from lattice_worker import background
 from lattice_worker.egress import tally
 from lattice_worker.egress.dialling import Refusal
 from lattice_worker.egress.servers import authority
@@ -77,7 +78,7 @@ class Exchange:
         """Send the request to a server, and the answer to the client."""
         upstream = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         await server.send(upstream.send(request) or b"")
-        sending = asyncio.ensure_future(self._send_body(server, upstream))
+        sending = background.start(self._send_body(server, upstream), lambda _: server.end())
         try:
             # A server may answer before it has read the whole request.
             await self._pass_answer(server, upstream)
@@ -87,13 +88,16 @@ class Exchange:
         self._client.end()
 
     async def _send_body(self, server: Peer, upstream: h11.Connection) -> None:
-        while True:
-            event = await _next(self.connection, self._client)
-            if not isinstance(event, h11.Data | h11.EndOfMessage):
-                return
-            await server.send(upstream.send(event) or b"")
-            if isinstance(event, h11.EndOfMessage):
-                return
+        """Send the body of the request, or as much of it as the client sends and the server takes."""
+        try:
+            while isinstance(event := await _next(self.connection, self._client), h11.Data | h11.EndOfMessage):
+                await server.send(upstream.send(event) or b"")
+                if isinstance(event, h11.EndOfMessage):
+                    return
+        except (OSError, h11.ProtocolError):
+            pass
+        # It answers a part of a body, or closes the connection; an answer that it has begun is passed on.
+        server.end()
 
     async def _pass_answer(self, server: Peer, upstream: h11.Connection) -> None:
         while True:

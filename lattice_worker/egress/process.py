@@ -1,6 +1,7 @@
 """The process of the proxies of one agent: `python -m lattice_worker.egress.process DESCRIPTOR NETWORKS`.
 
-Rule: it ends when the agent closes the socket, or dies. What sandboxes send is read here and not in the agent.
+Rule: it ends when the agent closes the socket, or dies, and when a part of it fails. What sandboxes send is read here
+and not in the agent.
 
 The agent sends JSON, one object a packet: `{"open": ID, "servers": [NAME:PORT, ...], "listeners": [[HOST, PORT], ...]}`
 with the listening sockets, and `{"close": ID}`. The process sends `{"first": ID, "access": ACCESS}` for the first
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from lattice_worker import background
 from lattice_worker.egress.addresses import Network, networks_of
 from lattice_worker.egress.dialling import Dialler
 from lattice_worker.egress.proxy import Listener, Proxy
@@ -61,7 +63,6 @@ class Proxies:
     def __init__(self, control: socket.socket, networks: Sequence[Network]) -> None:
         self._control, self._networks = control, networks
         self._open: dict[int, tuple[Proxy, Tally]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
 
     def take(self, request: dict[str, Any], descriptors: Sequence[int]) -> None:
         """Take one packet of the agent."""
@@ -70,11 +71,9 @@ class Proxies:
             dialler = Dialler(AllowList(request["servers"]), self._networks)
             named = zip(descriptors, request["listeners"], strict=True)
             listeners = [Listener(_listening(descriptor), *server) for descriptor, server in named]
-            self._open[number] = Proxy(listeners, dialler, counts), counts
+            self._open[number] = Proxy(listeners, dialler, counts, _give_up), counts
             return
-        closing = asyncio.get_running_loop().create_task(self._close(request["close"]))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        background.start(self._close(request["close"]), _give_up)
 
     async def _close(self, number: int) -> None:
         proxy, counts = self._open.pop(number)
@@ -88,6 +87,11 @@ class Proxies:
         # It waits for the agent, which never waits for this process.
         with contextlib.suppress(ConnectionError):
             self._control.send(json.dumps(message).encode())
+
+
+def _give_up(error: BaseException) -> None:
+    """End the process, so that the agent ends the attempts that it serves."""
+    os._exit(1)
 
 
 def _listening(descriptor: int) -> socket.socket:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import h11
 
+from lattice_worker import background
 from lattice_worker.egress import tally
 from lattice_worker.egress.dialling import Dialler, Refusal
 from lattice_worker.egress.exchange import Exchange, target_of
@@ -36,14 +37,15 @@ class Listener:
 
 
 class Proxy:
-    """Serves the listeners of one attempt, until it is closed."""
+    """Serves the listeners of one attempt, until it is closed. `on_failure` is called when it accepts no more."""
 
-    def __init__(self, listeners: Sequence[Listener], dialler: Dialler, counts: Tally) -> None:
+    def __init__(
+        self, listeners: Sequence[Listener], dialler: Dialler, counts: Tally, on_failure: background.OnFailure
+    ) -> None:
         self._listeners, self._dialler, self._counts = listeners, dialler, counts
         self._free = asyncio.Semaphore(MAX_CONNECTIONS)
         self._serving: set[asyncio.Task[None]] = set()
-        loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(listener)) for listener in listeners]
+        self._accepting = [background.start(self._accept(listener), on_failure) for listener in listeners]
 
     async def close(self) -> None:
         """End all connections."""
@@ -67,7 +69,8 @@ class Proxy:
             except BaseException:
                 self._free.release()
                 raise
-            task = loop.create_task(self._serve(sock, listener))
+            # An error of one connection is no other's.
+            task = background.start(self._serve(sock, listener), background.only_log)
             self._serving.add(task)
             task.add_done_callback(self._served)
 
@@ -76,7 +79,6 @@ class Proxy:
         self._free.release()
 
     async def _serve(self, sock: socket.socket, listener: Listener) -> None:
-        # An error of one connection is no other's.
         with contextlib.suppress(OSError, h11.ProtocolError, TimeoutError):
             async with Peer(sock) as client:
                 try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lattice_worker import context, secrecy
+from lattice_worker import background, context, secrecy
 from lattice_worker.gateway.identity import Identity, keep_alive
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
@@ -64,7 +64,6 @@ class Gateway:
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
         started = await context.ask_async("lattice/gateway.start", {"request": self._identity.request})
-        reporting = asyncio.create_task(self._reports.run()) if started.get("reports") else None
         self._identity.take(started["certificate"], started["authority"])
         self._proxy.to_gateways = self._identity.context(is_server=False)
         runners = [
@@ -81,11 +80,11 @@ class Gateway:
                 async with asyncio.TaskGroup() as serving:
                     serving.create_task(self._permits.serve())
                     serving.create_task(self._follow())
+                    if started.get("reports"):
+                        serving.create_task(self._reports.run())
             except* context.QuestionError:
                 pass  # The server does not know this gateway any more.
         finally:
-            if reporting is not None:
-                reporting.cancel()
             for runner in runners:
                 await runner.cleanup()
         return {}
@@ -141,7 +140,7 @@ class Gateway:
         """Wait until a service has an instance that is ready. Raises Refusal."""
         start = self._starts.get(service)
         if start is None:
-            start = self._starts[service] = asyncio.create_task(self._start(service))
+            start = self._starts[service] = background.share(self._start(service))
             start.add_done_callback(lambda _: self._starts.pop(service))
         try:
             async with asyncio.timeout(WAIT_S):

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+from lattice_worker import background
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import SandboxError
 
@@ -78,7 +79,7 @@ class Spares(Generic[P]):
 
     def _fill(self, policy: Policy) -> None:
         if policy not in self._refilling and not self._is_closed:
-            refilling = asyncio.get_running_loop().create_task(self._refill(policy))
+            refilling = background.start(self._refill(policy), background.only_log)
             self._refilling[policy] = refilling
             refilling.add_done_callback(lambda _: self._refilling.pop(policy, None))
 

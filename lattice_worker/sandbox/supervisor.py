@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lattice_worker import background
 from lattice_worker.egress.agent import Egress
 from lattice_worker.egress.sandbox_network import SandboxNetwork
 from lattice_worker.sandbox import facts, memory
@@ -27,6 +28,10 @@ WATCH_S = 0.05
 
 class SandboxError(Exception):
     """A sandbox could not be set up; the message says which part of it."""
+
+
+class ProcessLostError(SandboxError):
+    """The process of a sandbox ended without a word, by itself or by another: it says nothing of what can be set up."""
 
 
 class Supervisor:
@@ -83,8 +88,11 @@ class Supervisor:
 
     def refuse(self, reason: str) -> None:
         """Refuse the process; no effect after it was accepted."""
+        self._refuse(SandboxError(f"{self.policy.level}: {reason}"))
+
+    def _refuse(self, error: SandboxError) -> None:
         if not self.sealed.done():
-            self.sealed.set_exception(SandboxError(f"{self.policy.level}: {reason}"))
+            self.sealed.set_exception(error)
 
     def watch(self, pid: int, limit_bytes: int, cpus: int, on_excess: Callable[[str, str], None]) -> None:
         """Measure the memory and the processor time of a process and all below it, up to `cpu_s` for each of `cpus`.
@@ -98,9 +106,14 @@ class Supervisor:
             except OSError as error:
                 on_excess("sandbox_setup", f"its memory could not be limited to {limit_bytes} bytes: {error}")
                 return
+
+        def end_unwatched(error: BaseException) -> None:
+            on_excess(
+                "internal", f"its memory and processor time could not be measured: {type(error).__name__}: {error}"
+            )
+
         watching = self._watch(pid, limit_bytes, self.policy.cpu_s * cpus, on_excess)
-        self._watching = asyncio.get_running_loop().create_task(watching)
-        self._watching.add_done_callback(lambda ended: _end_unwatched(ended, on_excess))
+        self._watching = background.start(watching, end_unwatched)
 
     async def _watch(self, pid: int, limit_bytes: int, limit_s: int, on_excess: Callable[[str, str], None]) -> None:
         # Neither gives notice of its growth. With a group the kernel kills one process, and the others are ended here.
@@ -140,7 +153,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop watching: the process has ended."""
-        self.refuse("the process ended before it was sealed")
+        self._refuse(ProcessLostError(f"{self.policy.level}: the process ended before it was sealed"))
         self.network.close()
         if self._watching is not None:
             self._watching.cancel()
@@ -152,10 +165,3 @@ class Supervisor:
         if self._scratch:
             # By descriptors, so that links lead nowhere.
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-def _end_unwatched(watching: asyncio.Task[None], on_excess: Callable[[str, str], None]) -> None:
-    """End a process whose memory and time cannot be measured."""
-    if not watching.cancelled() and (error := watching.exception()) is not None:
-        log.error("a sandbox can no longer be watched", exc_info=error)
-        on_excess("internal", f"its memory and processor time could not be measured: {type(error).__name__}: {error}")

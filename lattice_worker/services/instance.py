@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import Coroutine
 from typing import Any
 
-from lattice_worker import context, secrecy
+from lattice_worker import background, context, secrecy
 from lattice_worker.services import health, program
 from lattice_worker.services.output import Output
 
@@ -45,6 +46,7 @@ class Instance:
         self._in_flight = 0
         self._grace_s: float | None = None
         self._stopping = asyncio.Event()
+        self._failure: BaseException | None = None
 
     async def run(self) -> dict[str, Any]:
         """Run the program; return how it ended."""
@@ -57,41 +59,57 @@ class Instance:
             text = f"{error.strerror or error}: {error.filename or self._host}"
             await self._report(state="ended", exit_status=127, message=f"the program cannot be started: {text}")
             return {"exit_status": 127}
-        reading = asyncio.create_task(self._output.read(process.output))
-        others = [
-            asyncio.create_task(part)
-            for part in (self._send_lines(), self._wait_for_stop(), self._watch(process.pid), self._count())
-        ]
-        stopping = asyncio.create_task(self._stopping.wait())
-        ends: list[asyncio.Future[Any]] = [process.ended, stopping]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        reading = background.start(self._output.read(process.output), self._fail)
+        parts = (self._send_lines(), self._wait_for_stop(), self._watch(process.pid), self._count())
+        others = [background.start(self._until_unknown(part), self._fail) for part in parts]
+        await self._until_over(process)
         status = await process.end(self._grace_s or 0.0)
-        for task in (*others, stopping):
+        for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reading, COALESCE_S * 20)
+        await asyncio.wait(others)
+        await asyncio.wait([reading], timeout=COALESCE_S * 20)
+        reading.cancel()
         return await self._end(status)
 
+    async def _until_over(self, process: program.Process) -> None:
+        """Wait until the program ends, is to be stopped, or can no longer be supervised."""
+        stopping = background.share(self._stopping.wait())
+        ends: list[asyncio.Future[Any]] = [process.ended, stopping]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+
+    async def _until_unknown(self, part: Coroutine[Any, Any, None]) -> None:
+        """Run a part, until a server that was started anew does not know this instance."""
+        try:
+            await part
+        except context.QuestionError:
+            self._stopping.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the program, of which a part can no longer be seen."""
+        self._failure = self._failure or error
+        self._stopping.set()
+
     async def _end(self, status: int) -> dict[str, Any]:
-        """Report the last lines, and the end if the program was not asked for it."""
+        """Report the last lines, and the end if the program was not asked for it.
+
+        Raises RuntimeError when the program was ended because a part of this failed.
+        """
         with contextlib.suppress(context.QuestionError):
             while lines := self._output.take():
                 await self._report(lines=lines)
             if not self._stopping.is_set():
                 await self._report(state="ended", exit_status=max(0, status), signal=max(0, -status))
+        if self._failure is not None:
+            raise RuntimeError(f"the program could not be supervised: {self._failure!r}") from self._failure
         return {"exit_status": status}
 
     async def _report(self, **report: Any) -> None:
         await context.ask_async("lattice/instance.report", report)
 
     async def _wait_for_stop(self) -> None:
-        try:
-            answer = await context.ask_async("lattice/instance.control")
-            self._grace_s = float(answer["grace_s"])
-        except context.QuestionError:
-            # A server that was started anew does not know this instance.
-            self._grace_s = 0.0
+        answer = await context.ask_async("lattice/instance.control")
+        self._grace_s = float(answer["grace_s"])
         self._stopping.set()
 
     async def _send_lines(self) -> None:

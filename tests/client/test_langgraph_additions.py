@@ -174,3 +174,34 @@ async def test_every_waiting_caller_gets_the_error_of_a_step() -> None:
     for _ in range(2):
         with pytest.raises(ConnectionError, match="lost"):
             await steps.until(lambda: False)
+
+
+@in_loop
+async def test_calls_end_when_the_message_that_adds_them_is_cancelled() -> None:
+    class Cancelled(Run):
+        async def add_tasks(self, tasks: list[LatticeTask]) -> None:
+            raise asyncio.CancelledError
+
+    opening = Opening()
+    opening.run = Cancelled()
+    opening.may_open.set()
+    additions, calls = Additions(opening), [addition(name) for name in "ab"]
+    for call in calls:
+        additions.add(call)
+    for call in calls:
+        async with asyncio.timeout(20):
+            with pytest.raises(asyncio.CancelledError):
+                await call.added
+
+
+@in_loop
+async def test_caller_gets_the_error_when_the_driving_of_its_call_fails() -> None:
+    async def fail() -> None:
+        raise ValueError("a bug")
+
+    delivered: asyncio.Queue[Asked | Ended] = asyncio.Queue()
+    Started(cast(Loop, None), delivered.put_nowait, fail, "node").begin()
+    async with asyncio.timeout(20):
+        ended = await delivered.get()
+    assert isinstance(ended, Ended)
+    assert str(ended.error) == "a bug"

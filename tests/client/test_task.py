@@ -86,6 +86,8 @@ def test_a_task_is_still_its_function() -> None:
         ({"retries": True}, "retries must be a whole number from 0, not True"),
         ({"retry_on": ValueError}, "retry_on must be used together with retries"),
         ({"retry_backoff": 1.0}, "retry_backoff must be used together with retries"),
+        ({"max_worker_losses": 0}, "max_worker_losses must be a whole number from 1"),
+        ({"max_worker_losses": 10_001}, "max_worker_losses must be a whole number from 1 to 10000"),
         ({"retries": 1, "retry_on": "often"}, "retry_on must be one of error, crash, out_of_memory, timeout"),
         ({"timeout": 0}, "timeout must be seconds above 0"),
         ({"total_timeout": -1}, "total_timeout must be seconds from 0"),
@@ -134,6 +136,11 @@ def test_retry_on_names_exception_classes_as_workers_do(causes: Any, kinds: list
     assert policy.max_attempts == 3
     assert policy.retry_on == [errors_pb2.FailureKind.Value(f"FAILURE_KIND_{kind}") for kind in kinds]
     assert policy.retry_on_types == types
+
+
+def test_losses_are_limited_apart_from_retries() -> None:
+    policy = task(max_worker_losses=10)(plain).settings.retry
+    assert (policy.max_worker_losses, policy.HasField("max_attempts")) == (10, False)
 
 
 def test_a_backoff_of_zero_is_sent_as_zero() -> None:

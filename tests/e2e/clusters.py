@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,10 +111,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, executor: str, machines: int = 2) -> Iterator[Cluster]:
-    """A cluster whose head runs, while the block runs."""
+def cluster(folder: Path, executor: str, machines: int = 2, flags: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A cluster whose head runs, with `flags`, while the block runs."""
     with network(machines + 1, folder) as hosts:
         found = Cluster(hosts, folder, executor)
-        found.start_head()
+        found.start_head(*flags)
         yield found
         found.close()

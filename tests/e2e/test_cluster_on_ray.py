@@ -25,7 +25,8 @@ from tests.e2e.test_cluster import (
     stay,
     wait_and_measure,
 )
-from tests.e2e.test_llm_cluster import check_budget_of_two_nodes, check_model_of_another_node
+from tests.e2e.test_llm_cluster import PORT as GATEWAY_PORT
+from tests.e2e.test_llm_cluster import check_budget_of_two_nodes, check_model_of_another_node, run_chat, start_model
 
 READY = cluster_pb2.NODE_STATE_READY
 PAGE = Path(__file__).parent.parent.parent / "docs" / "cluster.md"
@@ -274,3 +275,19 @@ def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) 
     check_model_of_another_node(two)
     two.client.services.stop("tiny", timeout=WAIT_S)
     check_budget_of_two_nodes(two)
+
+
+@pytest.mark.exhaustive
+def test_gateways_listen_at_the_port_of_the_head_and_of_machines_that_joined(tmp_path: Path) -> None:
+    ports = {"a": GATEWAY_PORT, "b": GATEWAY_PORT + 1}
+    flags = ("--num-cpus", "2", "--label", "at=a", "--gateway-port", str(ports["a"]))
+    with cluster(tmp_path, "ray", machines=1, flags=flags) as found:
+        (machine,) = found.machines
+        found.join(machine, "b", "--num-cpus", "2", "--gateway-port", str(ports["b"]))
+        hosts = {"a": found.head, "b": machine}
+        for at, other in ("ab", "ba"):
+            start_model(found, node_selector={"at": at})
+            for node_id in (at, other):
+                assert run_chat(found, node_id, "x y")[0] == 200
+            assert all(f"{host.address}:{ports[name]}" in host.listening() for name, host in hosts.items())
+            found.client.services.stop("tiny", timeout=WAIT_S)

@@ -201,9 +201,7 @@ def test_budget_is_shared_by_tasks_of_two_nodes(two: Cluster) -> None:
 
 @EXHAUSTIVE
 def test_model_beside_the_head_is_reached_from_a_machine_that_joined(tmp_path: Path) -> None:
-    with cluster(tmp_path, "local", machines=1) as found:
-        found.head.kill_all()
-        found.start_head("--num-cpus", "2", "--label", "at=a")
+    with cluster(tmp_path, "local", machines=1, flags=("--num-cpus", "2", "--label", "at=a")) as found:
         found.join(found.machines[0], "b")
         start_model(found)
         assert run_chat(found, "b", "x y")[0] == 200

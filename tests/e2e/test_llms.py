@@ -6,7 +6,9 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -98,6 +100,22 @@ def test_a_task_chats_with_a_model_by_its_name(client: LatticeClient, started: C
     status, embedded = answer(client, "tiny", "four", path="embeddings")
     assert (status, json.loads(embedded)["data"][0]["embedding"]) == (200, [4.0])
     assert [service.spec.name for service in client.llm.list()] == ["tiny"]
+
+
+def test_clients_that_start_a_model_at_once_get_one_instance(
+    address: str, client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    together = Barrier(3)
+
+    def start(_: int) -> service_pb2.Service:
+        with LatticeClient(address) as own:
+            together.wait(WAIT_S)
+            return own.llm.start("tiny", command=COMMAND, cpu=0.1, timeout=WAIT_S)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(start, range(3)))
+    assert {one.instance_id for service in found for one in service.instances} == {"tiny-1"}
+    assert answer(client, "tiny", "hello")[0] == 200
 
 
 def test_the_gateway_ends_with_the_last_model(client: LatticeClient, started: Callable[..., Any]) -> None:

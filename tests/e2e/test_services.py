@@ -5,7 +5,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import psutil
@@ -250,6 +252,32 @@ def test_a_new_definition_replaces_the_instances_and_an_equal_one_does_not(
     started("web", env={"COLOUR": "red"})
     until(lambda: [one.revision for one in ready(client.services.get("web"))] == [2], "it is replaced")
     assert answer_of(client, "web", "env/COLOUR") == "red"
+
+
+@pytest.mark.parametrize("colours", [("blue", "blue", "blue"), ("red", "green", "blue")], ids=["equal", "different"])
+def test_clients_that_start_a_name_at_once_get_one_instance(
+    colours: tuple[str, ...], address: str, client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    together = Barrier(len(colours))
+
+    def start(colour: str) -> service_pb2.Service:
+        with LatticeClient(address) as own:
+            together.wait(WAIT_S)
+            environment = {"COLOUR": colour}
+            return own.services.start("web", COMMAND, cpu=0.1, env=environment, stop_grace=5.0, timeout=WAIT_S)
+
+    with ThreadPoolExecutor(len(colours)) as pool:
+        found = list(pool.map(start, colours))
+    assert all(map(ready, found))
+    # The last definition counts for all of them.
+    revision = len(set(colours))
+    until(lambda: [one.revision for one in ready(client.services.get("web"))] == [revision], "the others have ended")
+    last = client.services.get("web")
+    assert last.restarts == 0
+    assert answer_of(client, "web", "env/COLOUR") in colours
+    assert not last.HasField("failure")
+    client.services.stop("web", timeout=WAIT_S)
+    assert client.nodes()[0].free.cpu == client.nodes()[0].capacity.cpu
 
 
 def test_a_secret_is_in_the_environment_and_nowhere_else(

@@ -14,6 +14,7 @@ from lattice_worker.runner_pool import Pool
 from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.policy import LEVELS, SECCOMP
 from lattice_worker.sandbox.supervisor import SandboxError
+from lattice_worker.zygote import Process, Zygote
 
 
 def with_pool(folder: Path, scenario: Callable[[Pool], Awaitable[Any]]) -> Any:
@@ -31,6 +32,30 @@ def with_pool(folder: Path, scenario: Callable[[Pool], Awaitable[Any]]) -> Any:
 
 def test_levels_are_offered_when_a_process_of_each_was_accepted(tmp_path: Path) -> None:
     assert with_pool(tmp_path, lambda pool: pool.levels()) == list(LEVELS)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_levels_are_tried_again_when_the_zygote_is_killed(
+    when: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, left = Zygote.fork, [None] * times
+    is_killed: set[Zygote] = set()
+
+    async def killed(self: Zygote, mode: str, descriptors: Any, sandbox: Any = None) -> Process:
+        if sandbox is not None and left and self not in is_killed:
+            left.pop()
+            is_killed.add(self)
+        if self in is_killed and when == "before":
+            self.process.kill()
+            await self.process.wait()
+        process = await fork(self, mode, descriptors, sandbox)
+        if self in is_killed:
+            self.process.kill()
+        return process
+
+    monkeypatch.setattr(Zygote, "fork", killed)
+    assert with_pool(tmp_path, lambda pool: pool.levels()) == ([] if times == 3 else list(LEVELS))
 
 
 def test_no_level_is_offered_when_its_processes_are_refused(

@@ -44,7 +44,7 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
         reading: list[asyncio.Task[grpc.StatusCode | None]] = []
         config = ServerConfig(port=0, num_cpus=0, stop_grace_s=0.0)
         async with asyncio.timeout(TIMEOUT_S):
-            with pytest.raises(app.SchedulerError, match="the scheduler or the journal failed"):
+            with pytest.raises(app.SchedulerError, match="a part of the server failed"):
                 await app.serve(config, lambda address, _: reading.append(asyncio.create_task(read(address))))
             assert await reading[0] is not None
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lattice_worker.runner.values import decode_value, encode_value
 LIMIT_BYTES = 100_000
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024  # What gRPC takes unless told otherwise.
 TIMEOUT_S = 60.0
+PROGRAM = ("-m", "lattice_worker")
 
 
 class Stream:
@@ -184,13 +185,16 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(folder: Path | None, *flags: str) -> AsyncIterator[Pair]:
-    """A head and one worker of two CPUs while the block runs; without a folder it has a store of its own."""
+async def pair(folder: Path | None, *flags: str, program: Sequence[str] = PROGRAM) -> AsyncIterator[Pair]:
+    """A head and one worker of two CPUs while the block runs; without a folder it has a store of its own.
+
+    `program` are arguments of Python that run the command of a worker.
+    """
     head, server = Head(), grpc.aio.server()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(head, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    command = [sys.executable, "-m", "lattice_worker", "--addr", f"127.0.0.1:{port}", "--worker-id", "w"]
+    command = [sys.executable, *program, "--addr", f"127.0.0.1:{port}", "--worker-id", "w"]
     command += ["--node-id", "n", "--num-cpus", "2", "--num-gpus", "0", *flags]
     command += [] if folder is None else ["--store-dir", str(folder)]
     environment = {**os.environ, "LATTICE_TOKEN": "secret"}

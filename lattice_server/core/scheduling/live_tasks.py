@@ -5,7 +5,7 @@ of the server. A task in a lease may also have a predecessor, with which it was 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import (
@@ -120,6 +120,10 @@ class LiveTasks:
         if failure.kind is FailureKind.WORKER_LOST:
             task.losses += 1
             is_final = task.losses >= retry.max_worker_losses
+            if is_final and task.losses > 1:
+                # Retries would let it end as many workers, and other tasks with them.
+                text = f"{failure.message}; the task was alone on {task.losses} workers that were lost, and fails"
+                failure = replace(failure, message=f"{text} whatever its retries (max_worker_losses)")
         else:
             task.failures += 1
             is_final = not retry.allows(failure, task.failures)

@@ -4,8 +4,10 @@ A slot reserves resources on a node and holds leases that run one after the othe
 sent ahead. The resources are taken with the first lease and released with the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from lattice_server.core.messages import NodeStatus, NodeView
 from lattice_server.core.model import Capacity, Gpu, NodeSpec, Resources
@@ -214,6 +216,23 @@ class Node:
             self.free_gpu[index] += sign * share
             self.free_gpu_memory_bytes[index] += sign * wanted.gpu_memory_bytes
 
+    def room_in_s(self, has_room: Callable[["Node"], bool], now: float) -> float:
+        """Return in how many seconds a condition may hold, as leases end here; infinite when they do not suffice.
+
+        A lease is expected to end after the time its function usually takes, and one that is overdue to take as long as
+        it has run already. Services are not expected to end.
+        """
+        left = copy(self)
+        left.slots, left.free_gpu = dict(self.slots), dict(self.free_gpu)
+        left.free_gpu_memory_bytes = dict(self.free_gpu_memory_bytes)
+        ends = sorted((_ends_in_s(slot, now), slot.slot_id) for slot in self.slots.values() if not slot.is_service)
+        for ends_in_s, slot_id in [(0.0, 0), *ends]:
+            if slot_id:
+                left.release(self.slots[slot_id])
+            if has_room(left):
+                return ends_in_s
+        return inf
+
     def view(self) -> NodeView:
         """Return the node as it is now. The memory of each free GPU is how much of it is free."""
         status = NodeStatus.DRAINING if self.state is NodeState.DRAINING else NodeStatus.READY
@@ -277,3 +296,9 @@ def _is_whole(gpu: Gpu, free: Mapping[int, float], memory: Mapping[int, int]) ->
 def share_of_device(wanted: Resources) -> float:
     """Return the share of each device used: all of it for whole GPUs, none when only memory is asked for."""
     return wanted.gpu if wanted.gpu < 1 else 1.0
+
+
+def _ends_in_s(slot: Slot, now: float) -> float:
+    """Return in how many seconds a slot is expected to be released."""
+    left_s = slot.progress_at + slot.backlog_s - now
+    return left_s if left_s > 0 else now - slot.progress_at

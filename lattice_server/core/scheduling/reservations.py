@@ -1,23 +1,28 @@
 """Owns the nodes that are reserved for starved tasks.
 
 Rule: a node is reserved for a group that could not be placed for a second while tasks of the same or a lower priority
-were, or for a minute while any were. Other tasks run on that node only as far as they delay the group no further. The
+were, or for a minute while any were. It is the one that is expected to have room first, by the usual durations of what
+runs there. Other tasks run on that node only as far as they delay the group no further. The
 reservation holds a permit of the group's concurrency key.
 """
 
+import heapq
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
+from operator import itemgetter
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.permits import Permits
-from lattice_server.core.scheduling.placement import Shape
+from lattice_server.core.scheduling.placement import Shape, devices_on
 from lattice_server.core.scheduling.work import TaskGroup
 
 RESERVE_AFTER_S = 1.0
 RESERVE_ANYWAY_S = 60.0  # The same if only tasks of a higher priority were placed.
 MAX_PRIORITIES = 64
+MAX_TIMED = 64  # Nodes of which it is estimated when they have room.
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +36,7 @@ class Reservations:
     _shapes: dict[str, Shape] = field(default_factory=dict)
     _blocked: dict[Shape, tuple[float, int]] = field(default_factory=dict)  # Since when, after how many placed batches.
     _starving: Deadlines[Shape] = field(default_factory=Deadlines)
+    _hopeless: dict[Shape, float] = field(default_factory=dict)  # Until when no node is looked for.
     _placed: int = 0
     _last_placed: dict[int, int] = field(default_factory=dict)  # By priority: the number of the last batch.
 
@@ -74,7 +80,7 @@ class Reservations:
         if now < since + RESERVE_AFTER_S or group.shape in self._shapes.values():
             return
         if self._was_passed(group, since, placed, now):
-            self._reserve(group)
+            self._reserve(group, now)
         elif now < since + RESERVE_ANYWAY_S:
             self._starving.set(group.shape, since + RESERVE_ANYWAY_S)
 
@@ -106,7 +112,7 @@ class Reservations:
         """Assert that the tables of reservations agree."""
         assert self._groups == {node.node_id: group for group, node in self._nodes.items()}
         assert self._shapes == {node.node_id: group.shape for group, node in self._nodes.items()}
-        assert set(self._starving) <= self._blocked.keys()
+        assert {*self._starving, *self._hopeless} <= self._blocked.keys()
 
     def _was_passed(self, group: TaskGroup, since: float, placed: int, now: float) -> bool:
         """Whether other tasks were placed since a group was blocked.
@@ -118,9 +124,10 @@ class Reservations:
             return self._placed > placed
         return any(n > placed and priority <= head.ready.priority for priority, n in self._last_placed.items())
 
-    def _reserve(self, group: TaskGroup) -> None:
+    def _reserve(self, group: TaskGroup, now: float) -> None:
+        """Reserve the node that is expected to have room first; none that would have to wait for a service."""
         shape = group.shape
-        if not self._permits.has_free(group.concurrency):
+        if not self._permits.has_free(group.concurrency) or now < self._hopeless.get(shape, now):
             return
         nodes = [
             node
@@ -128,12 +135,16 @@ class Reservations:
             # Called tasks must find room beside the leases that wait for them.
             if node.node_id not in self._groups and not node.parked and self._registry.could_run(shape, node)
         ]
-        if nodes:
-            node = max(nodes, key=lambda node: _nearness(node, shape))
+        near = heapq.nlargest(MAX_TIMED, nodes, key=lambda node: _nearness(node, shape))
+        times = [(node.room_in_s(lambda left: devices_on(left, shape) is not None, now), node) for node in near]
+        in_s, node = min(times, key=itemgetter(0), default=(inf, None))
+        if node is not None and in_s < inf:
             self._permits.take(group.concurrency)
             self._nodes[group] = node
             self._groups[node.node_id] = group
             self._shapes[node.node_id] = shape
+        else:
+            self._hopeless[shape] = now + RESERVE_AFTER_S
 
     def _drop(self, group: TaskGroup) -> bool:
         node = self._nodes.pop(group, None)
@@ -144,6 +155,7 @@ class Reservations:
 
     def _unblock(self, shape: Shape) -> None:
         self._blocked.pop(shape, None)
+        self._hopeless.pop(shape, None)
         self._starving.discard(shape)
 
 

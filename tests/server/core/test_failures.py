@@ -79,6 +79,17 @@ def test_lost_workers_and_failures_are_counted_apart() -> None:
     assert scene.ends() == {"a": "failed"}
 
 
+def test_failure_says_why_retries_did_not_help_when_a_task_lost_its_workers() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a", retry=RetryPolicy(max_attempts=21)))
+    for _ in range(3):
+        assert scene.ends() == {}
+        scene.fail("a", LOST)
+    (failed,) = [effect for effect in scene.effects if isinstance(effect, TaskFailed)]
+    assert failed.failure.kind is FailureKind.WORKER_LOST
+    assert "alone on 3 workers that were lost, and fails whatever its retries" in failed.failure.message
+
+
 def test_no_loss_may_be_allowed() -> None:
     scene = Scene(node())
     scene.tell(ready("a", retry=RetryPolicy(max_worker_losses=1)))

@@ -102,6 +102,63 @@ def test_another_node_is_reserved_when_the_first_is_drained_or_lost(gone: Any) -
     assert reserved(scene) == ["m"]
 
 
+def start_on(scene: Scene, task_id: str, resources: Resources, at: str, **more: Any) -> None:
+    """Start a task on the node of these labels."""
+    assert scene.tell(ready(task_id, resources=resources, node_selector=(("at", at),), **more)) == [task_id]
+    scene.start(task_id)
+
+
+def pass_big(scene: Scene, until_s: float) -> float | None:
+    """Queue a big task for either node, and have short tasks fill the second node; return when the big one starts."""
+    running = scene.tell(*[ready(f"t{n}", function="short", node_selector=(("at", "b"),)) for n in range(4)])
+    scene.tell(ready("big", resources=BIG))
+    for number in range(4, 4000):
+        scene.tell(ready(f"t{number}", function="short", node_selector=(("at", "b"),)))
+        running += scene.succeed(running.pop(0), at=scene.now + 0.05, took=0.2)
+        if "big" in running:
+            return scene.now
+        if scene.now > until_s or not running:
+            break
+    return None
+
+
+def test_node_is_not_reserved_when_a_service_on_it_leaves_too_little() -> None:
+    scene = Scene(node("a", labels={"at": "a"}), node("b", labels={"at": "b"}))
+    start_on(scene, "service", Resources(1.0), "a", is_service=True)
+    started_at = pass_big(scene, until_s=10.0)
+    assert started_at is not None
+    assert started_at < RESERVE_AFTER_S + 1.0
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_node_of_short_tasks_is_reserved_when_another_one_has_a_long_one(is_known: bool) -> None:
+    scene = Scene(node("a", labels={"at": "a"}), node("b", labels={"at": "b"}))
+    if is_known:
+        start_on(scene, "before", Resources(1.0), "a", function="long")
+        scene.succeed("before", at=40.0, took=40.0)
+    start_on(scene, "long", Resources(1.0), "a", function="long")
+    # One of unknown duration is expected to take as long as it has run.
+    scene.tell(at=scene.now + (0.0 if is_known else 20.0))
+    began = scene.now
+    started_at = pass_big(scene, until_s=began + 10.0)
+    assert started_at is not None
+    assert started_at - began < RESERVE_AFTER_S + 1.0
+
+
+def test_no_node_is_reserved_when_services_leave_too_little_everywhere_until_one_ends() -> None:
+    scene = Scene(node("b", labels={"at": "b"}))
+    start_on(scene, "service", Resources(1.0), "b", is_service=True)
+    scene.tell(*[ready(f"s{n}", node_selector=(("at", "b"),)) for n in range(3)])
+    scene.tell(ready("big", resources=BIG), ready("t0"), ready("t1"), ready("t2"))
+    scene.succeed("s0", at=RESERVE_AFTER_S / 2)
+    # A reservation would keep the CPU idle for a task that cannot start.
+    assert scene.succeed("s1", at=RESERVE_AFTER_S + 0.5) == ["t1"]
+    scene.cancel("service")
+    scene.succeed("service", at=RESERVE_AFTER_S * 3)
+    assert reserved(scene) == ["b"]
+    assert "big" in scene.succeed("s2", "t0", "t1", at=RESERVE_AFTER_S * 4)
+
+
 def reserved(scene: Scene) -> list[str]:
     """Return the nodes that are reserved, as the explanation of a queued task names them."""
     scene.tell(ready("asks", resources=Resources(3.0)))

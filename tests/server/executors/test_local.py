@@ -26,7 +26,9 @@ def test_a_worker_that_could_not_be_started_is_tried_again(tmp_path: Path, monke
         monkeypatch.setattr(local, "worker_command", lambda *_: next(commands))
         executor = local.LocalExecutor(ServerConfig(num_cpus=1), tmp_path)
         async with asyncio.timeout(60):
-            await executor.start(Contact("unix:none", "none", lambda node_id, subject: "", lambda token: None), post)
+            await executor.start(
+                Contact("unix:none", "none", lambda node_id, subject: "", lambda token: None, lambda error: None), post
+            )
             assert "could not be started" in (await lost.get()).reason
             assert "status 3" in (await lost.get()).reason
         await executor.stop()

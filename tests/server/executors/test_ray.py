@@ -17,7 +17,9 @@ from lattice_server.executors.processes import MARK
 from lattice_server.executors.ray import RayExecutor
 from lattice_server.executors.ray_reservation import HEAD, resource_of
 
-CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None)
+CONTACT = Contact(
+    "unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None, lambda error: None
+)
 TIMEOUT_S = 30.0
 AWAY_S = 0.05
 TWO = Machine("m", "host", "10.0.0.2", Capacity(2), {})

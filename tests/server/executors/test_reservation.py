@@ -26,7 +26,9 @@ from lattice_server.executors.ray_reservation import (
 )
 from lattice_server.executors.worker_command import Offer, offer_of_machine, worker_flags
 
-CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None)
+CONTACT = Contact(
+    "unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None, lambda error: None
+)
 
 
 def own(**settings: object) -> list[Reservation]:
@@ -57,7 +59,7 @@ def test_only_configured_workers_are_reserved_when_ray_is_not_the_servers_own() 
 
 
 def test_a_worker_on_another_machine_dials_an_address_it_can_reach() -> None:
-    everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", CONTACT.issue, CONTACT.revoke)
+    everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", CONTACT.issue, CONTACT.revoke, CONTACT.on_failure)
     plain = ServerConfig(host="0.0.0.0", node_ip="10.0.0.7")
     assert way_from_afar(plain, everywhere, "far") == (
         "10.0.0.7:50051",

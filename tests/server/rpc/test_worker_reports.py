@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -20,6 +20,7 @@ from lattice.v1 import (
     workflow_pb2,
 )
 
+from lattice_server.rpc import worker_reader
 from tests.server.rpc.callers import graph, task
 from tests.server.rpc.scripted_worker import Report, Scene, play, succeeded
 
@@ -54,6 +55,28 @@ def test_task_fails_when_its_success_cannot_be_read(
 
     play(scenario)
     assert not caplog.records
+
+
+def test_task_fails_when_a_report_raises_and_its_worker_keeps_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise KeyError("a bug")
+
+    async def scenario(head: Scene) -> None:
+        worker, _ = await head.worker()
+        for number in (1, 2):
+            run_id = await head.run("a")
+            (assignment,) = (await worker.hear("assignments")).assignments
+            with monkeypatch.context() as patch:
+                if number == 1:
+                    patch.setattr(worker_reader, "report_to_event", fail)
+                await worker.report(number, assignment.lease_id, succeeded=succeeded())
+                ended = await head.result(run_id)
+            expected = run_pb2.RUN_STATE_FAILED if number == 1 else run_pb2.RUN_STATE_SUCCEEDED
+            assert ended.state == expected
+            assert number == 2 or ended.failure.kind == errors_pb2.FAILURE_KIND_INTERNAL
+        worker.hang_up()
+
+    play(scenario)
 
 
 def test_code_is_sent_once_and_attempts_end() -> None:

@@ -1,0 +1,50 @@
+"""Tasks of the event loop that run beside their caller.
+
+Rule: each has an owner that learns of its failure. `start` tells an owner by a call, and `share` tells the callers that
+await the task. Otherwise an exception shows when the task is freed, and the part that it served is dead until then.
+"""
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+OnFailure = Callable[[BaseException], object]
+
+
+def start(work: Coroutine[Any, Any, T], on_failure: OnFailure) -> "asyncio.Task[T]":
+    """Run a coroutine whose result nothing awaits, and return its task, which the caller keeps.
+
+    An exception that ends it is logged, and `on_failure` is called with it. A cancellation counts as one unless it was
+    requested by `cancel` of the task: it is that of something that the coroutine waited for.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(partial(_end, on_failure))
+    return task
+
+
+def share(work: Coroutine[Any, Any, T], context: contextvars.Context | None = None) -> "asyncio.Task[T]":
+    """Run a coroutine whose result or exception goes to the callers that await its task, which the caller keeps."""
+    task = asyncio.get_running_loop().create_task(work, context=context)
+    # Callers that left are not told, and no other part depends on it.
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return task
+
+
+def only_log(error: BaseException) -> None:
+    """Do nothing more: nothing else depends on the task that failed."""
+
+
+def _end(on_failure: OnFailure, task: "asyncio.Task[Any]") -> None:
+    if task.cancelled():
+        error: BaseException | None = None if task.cancelling() else asyncio.CancelledError("what it waited for ended")
+    else:
+        error = task.exception()
+    if error is not None:
+        log.error("a background task failed: %s", task.get_coro(), exc_info=error)
+        on_failure(error)
