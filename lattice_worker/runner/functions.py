@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import sys
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,11 @@ class Loaded:
             chain += [found.__cause__, found.__context__]
             if reason := reason_of(found, self._left_out):
                 found.add_note(reason)
+
+
+def note_sealed() -> None:
+    """Record that this process is sealed: it has a folder of its own, and no other process opens its descriptors."""
+    _Spec.is_sealed = True
 
 
 def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
@@ -180,18 +186,25 @@ class _Spec:
 
     loader = origin = submodule_search_locations = cached = None
     has_location = False
+    is_sealed = False
 
     def __init__(self, blob: bytes) -> None:
         self._blob = blob
         self._file: int | None = None
+        self._path = ""
 
     @property
     def name(self) -> str:
         """A module that has what this script has; see `spawned`."""
         if self._file is None:
-            self._file = os.memfd_create("function")
-            os.write(self._file, self._blob)
-        os.environ[SCRIPT_VARIABLE] = f"/proc/{os.getpid()}/fd/{self._file}"
+            if self.is_sealed:
+                # The folder of a sandbox ends with it.
+                self._file, self._path = tempfile.mkstemp(prefix="function-")
+            else:
+                self._file = os.memfd_create("function")
+            with open(self._file, "wb", closefd=False) as file:
+                file.write(self._blob)
+        os.environ[SCRIPT_VARIABLE] = self._path or f"/proc/{os.getpid()}/fd/{self._file}"
         return SPAWNED
 
     @property
