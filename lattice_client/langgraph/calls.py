@@ -204,7 +204,7 @@ class Call:
         return question
 
     def _enter(self, attempt: int) -> None:
-        """Note the attempt of a message. Raises if an earlier one has reached something: its exception when it is known."""
+        """Note the attempt of a message. Raises the exception of an earlier one that has reached something."""
         if self._attempt in {0, attempt}:
             self._attempt = attempt
             return
