@@ -3,22 +3,17 @@
 Over a `BlockingChannel` a coroutine never suspends: it runs to its end in the thread of the caller.
 """
 
-import logging
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from types import TracebackType
 from typing import Any, TypeVar
 
 from lattice_client import errors
 from lattice_client.runs.api import RunApi
+from lattice_client.runs.tracebacks import REFUSALS, shortened
 from lattice_client.transport import forks
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _END = object()
-# The packages whose frames say nothing to a caller.
-INNER = frozenset({"lattice_client", "contextlib", "grpc"})
 
 
 def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
@@ -40,25 +35,11 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
         if run_id:
             error.add_note(f"run {str(run_id)!r} continues; `lattice runs cancel {run_id}` would end it")
         raise error.with_traceback(None) from None
-    except (errors.LatticeError, TimeoutError) as error:
-        log.debug("a call failed", exc_info=True)
-        raise error.with_traceback(_outer(error.__traceback__)) from error.__cause__
+    except REFUSALS as error:
+        raise shortened(error) from error.__cause__
     finally:
         coroutine.close()
     raise AssertionError("a call that blocks never suspends")
-
-
-def _outer(found: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without the frames of this package: with those of the user's functions that it called."""
-    kept = []
-    while found is not None:
-        if found.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in INNER:
-            kept.append(found)
-        found = found.tb_next
-    outer: TracebackType | None = None
-    for one in reversed(kept):
-        outer = TracebackType(outer, one.tb_frame, one.tb_lasti, one.tb_lineno)
-    return outer
 
 
 def iterate(api: RunApi, source: AsyncIterator[T], run_id: str, timeout: float | None) -> Iterator[T]:

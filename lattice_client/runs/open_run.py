@@ -23,6 +23,7 @@ from lattice_client.runs.ids import task_id_of
 from lattice_client.runs.open_run_stream import OpenRunStream
 from lattice_client.runs.questions import OnQuestion, Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.tracebacks import shorten
 from lattice_client.transport import statuses
 from lattice_client.transport.channel import Steps
 
@@ -39,6 +40,7 @@ class OpenRunRequest:
     settings: TaskRunSettings
 
 
+@shorten
 class AsyncOpenRun(AsyncRun):
     """A run that accepts tasks while its stream is open, and whose tasks may ask the caller questions.
 

@@ -18,8 +18,10 @@ from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.executions import Execution
 from lattice_client.runs.ids import RunId, task_id_of
+from lattice_client.runs.tracebacks import shorten
 
 
+@shorten
 class AsyncRun(RunId):
     """A run: its id as a text, with methods that read and change the run."""
 

@@ -1,15 +1,27 @@
 """The traceback of a refused call: it has the caller's frames and few of the client."""
 
+import asyncio
 import logging
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, LatticeError, NotFoundError, TaskDefinitionError, UnavailableError, task
+from lattice_client import (
+    AsyncLatticeClient,
+    LatticeClient,
+    LatticeError,
+    NotFoundError,
+    TaskDefinitionError,
+    UnavailableError,
+    task,
+)
 from lattice_client.runs.driver import blocking
+from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.tracebacks import shorten
 
 ADVICE = "UnavailableError: no Lattice server answers at 127.0.0.1:1: Connection refused; start a server with"
 
@@ -26,7 +38,7 @@ def stray() -> Iterator[LatticeClient]:
         yield client
 
 
-def run(client: LatticeClient) -> object:
+def run(client: Any) -> Any:
     workflow = client.create_workflow()
     workflow.add_task(work, {"x": 1})
     return workflow.run()
@@ -59,6 +71,58 @@ def test_traceback_of_a_refused_connection_is_short(
     assert text.count("/lattice_client/") <= 2
     assert text.count("Traceback (most recent call last)") == 1
     assert text.splitlines()[-1].startswith(f"lattice_client.errors.{ADVICE}")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        run,
+        lambda client: client.run_task(work, {"x": 1}),
+        lambda client: client.run_task(work, {"y": 1}),
+        lambda client: client.get_run("r"),
+        lambda client: client.services.list(),
+        lambda client: client.llm.list(),
+        lambda client: anext(client.events("r")),
+        lambda client: anext(AsyncRun.of("r", client.api).events()),
+        lambda client: AsyncRun.of("r", client.api).result(timeout=0.1),
+        lambda client: AsyncRun.of("r", client.api).cancel(),
+    ],
+)
+def test_traceback_of_a_refused_call_in_a_coroutine_is_short(call: Callable[[Any], Any]) -> None:
+    async def main() -> None:
+        async with AsyncLatticeClient("127.0.0.1:1") as client:
+            await call(client)
+
+    with pytest.raises((LatticeError, TimeoutError)) as caught:
+        asyncio.run(main())
+    text = "".join(traceback.format_exception(caught.value))
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert names[-2] == "main" or (names[-3:-1] == ["main", "<lambda>"])
+    assert text.count("/lattice_client/") == 1
+    assert text.count("Traceback (most recent call last)") == 1
+
+
+def test_asynchronous_generator_is_closed_with_the_loop_over_it() -> None:
+    closed = []
+
+    @shorten
+    class Numbers:
+        async def count(self) -> AsyncIterator[int]:
+            try:
+                for number in range(3):
+                    yield number
+            finally:
+                closed.append(True)
+
+    async def main() -> None:
+        numbers = Numbers().count()
+        async for _ in numbers:
+            break
+        assert not closed
+        await numbers.aclose()  # type: ignore[attr-defined]
+        assert closed
+
+    asyncio.run(main())
 
 
 def test_traceback_of_a_program_has_its_line_a_public_method_and_one_frame_more() -> None:
@@ -95,9 +159,10 @@ def test_an_error_that_is_not_of_the_client_keeps_all_frames(stray: LatticeClien
 
     stray.twin.api.starter.run_task = fail  # type: ignore[method-assign,assignment]
     error = raised(lambda: stray.run_task(work, {"x": 1}), ZeroDivisionError)
-    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-4:] == [
+    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-5:] == [
         "run_task",
         "blocking",
+        "called",
         "run_task",
         "fail",
     ]
