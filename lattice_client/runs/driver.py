@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lattice_client import errors
 from lattice_client.runs.api import RunApi
+from lattice_client.runs.ids import RunId
 from lattice_client.runs.tracebacks import REFUSALS, shortened
 from lattice_client.transport import forks
 
@@ -19,8 +20,8 @@ _END = object()
 def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
     """Run a coroutine over a `BlockingChannel`; return its result. Raises ClientClosedError, ForkError.
 
-    With a `run_id`, KeyboardInterrupt has a note that the run continues. An error of this package has no frames of the
-    coroutine in its traceback; they are in the log, from level `debug` on.
+    With a `run_id`, KeyboardInterrupt has a note that the run continues, unless the run ends with its caller. An error
+    of this package has no frames of the coroutine in its traceback; they are in the log, from level `debug` on.
     """
     try:
         forks.check_process()
@@ -32,7 +33,7 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
         found: T = done.value
         return found
     except KeyboardInterrupt as error:
-        if run_id:
+        if run_id and not (isinstance(run_id, RunId) and run_id.ends_with_caller):
             error.add_note(f"run {str(run_id)!r} continues; `lattice runs cancel {run_id}` would end it")
         raise error.with_traceback(None) from None
     except REFUSALS as error:

@@ -160,6 +160,11 @@ class AsyncOpenRun(AsyncRun):
                 return await self.api.reader.output_in(ended, self, task)
             return await self.api.reader.output_of(self, task)
 
+    @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return True
+
     async def fetched_result(
         self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None
     ) -> Any:

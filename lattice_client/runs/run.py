@@ -46,6 +46,11 @@ class AsyncRun(RunId):
             weakref.finalize(run, execution.abandon).atexit = False
         return run
 
+    @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return self.grace_s is not None
+
     async def result(
         self,
         timeout: float | None = None,

@@ -118,7 +118,13 @@ class Starter:
                 self._executions.note_call()
             return answer
 
-        response = await self._sender.accepted(call)
+        try:
+            response = await self._sender.accepted(call)
+        except KeyboardInterrupt as error:
+            if not settings.get("cancel_on_disconnect"):
+                command = f"`lattice runs cancel {request.run_id}`"
+                error.add_note(f"run {request.run_id!r} continues if it was started; {command} would end it")
+            raise
         self._sender.known_code.add(function.digest)
         return response
 
