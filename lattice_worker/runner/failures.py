@@ -11,8 +11,8 @@ from typing import Any
 
 import cloudpickle
 
-from lattice_worker.runner import pickler
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
+from lattice_worker.runner.exceptions import pickled
 from lattice_worker.runner.functions import shown
 from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
 from lattice_worker.runner.values import PayloadError
@@ -52,9 +52,9 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
         bases = [cls for cls in type(error).__mro__[1:] if cls is not object]
         failure["base_types"] = [type_name(cls) for cls in bases[:MAX_BASES]]
     with contextlib.suppress(BaseException):  # An exception that cannot be pickled is still told in text.
-        pickled = pickler.dumps(BaseException.with_traceback(error, None))
-        if len(pickled) <= MAX_EXCEPTION_BYTES:
-            encoder.blobs.append(pickled)
+        blob = pickled(BaseException.with_traceback(error, None))
+        if len(blob) <= MAX_EXCEPTION_BYTES:
+            encoder.blobs.append(blob)
             failure["exception"] = len(encoder.blobs) - 1
     return failure
 
