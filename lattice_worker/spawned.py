@@ -44,8 +44,10 @@ class SpawnedOutput(Deferred):
             raise DeferredValueError(text)
         return SpawnedOutput(self.task_id, self.output, (*self.path, key))
 
-    def __eq__(self, other: object) -> bool:
+    def _is(self, other: Deferred) -> bool:
         return isinstance(other, SpawnedOutput) and self._key() == other._key()
+
+    __eq__ = Deferred.__eq__
 
     def __hash__(self) -> int:
         return hash(self._key())

@@ -66,13 +66,6 @@ class Call(Deferred):
         values = bind_all(outputs, blobs)
         return values[self._output_names[0]] if (*values,) == self._output_names[:1] == self._output_names else values
 
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Call):
-            return self is other
-        raise self._unknown()
-
-    __hash__ = object.__hash__
-
     def _advice(self) -> str:
         return f"{self!r} is a call and not its value: `await` it in a coroutine, or use its result() in a function"
 

@@ -62,6 +62,17 @@ class Deferred:
     def __bool__(self) -> bool:
         raise self._unknown()
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Deferred):
+            return self._is(other)
+        raise self._unknown()
+
+    __hash__ = object.__hash__
+
+    def _is(self, other: "Deferred") -> bool:
+        """Whether both stand for one value."""
+        return self is other
+
     def __len__(self) -> int:
         raise self._unknown()
 

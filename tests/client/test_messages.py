@@ -136,6 +136,10 @@ def test_output_error_explains_that_a_key_may_be_left_out(graph: Graph[None]) ->
             lambda t: single(leaf, None, {"a": 1}),
             r'run_task has no argument a; .*: run_task\(leaf, {"a": ..., "b": ...}\)',
         ),
+        (
+            lambda t: single(leaf, {"a": 1}, {"cpu": 1, "retries": 2}),
+            r"run_task has no argument cpu, retries, which is an option of .*, or leaf.with_\(cpu=..., retries=...\)$",
+        ),
         (lambda t: single(leaf, None, {}), "task 'leaf' needs input 'a'; its inputs: a, b"),
         (lambda t: single(leaf, 1, {}), r"the inputs are one dict, run_task\(leaf, .*\), not int"),
         (lambda t: single(t.output, None, {}), "must be a function or a @task, not the output 'result' of task 'leaf'"),
@@ -194,6 +198,12 @@ def test_a_task_without_inputs_runs_without_any(client: LatticeClient) -> None:
     ("settings", "text"),
     [
         ({"prioritty": 3}, "a run has no setting 'prioritty'; its settings: run_id, labels, priority, timeout"),
+        ({"labels": {"a": 1}}, "a run's labels are a dict of texts by text, not {'a': 1}"),
+        ({"labels": ["a"]}, r"a run's labels are a dict of texts by text, not \['a'\]"),
+        ({"priority": "high"}, "a run's priority must be a whole number up to 2147483647, not 'high'"),
+        ({"priority": 2**31}, "a run's priority must be a whole number up to 2147483647, not 2147483648"),
+        ({"priority": True}, "a run's priority must be a whole number up to 2147483647, not True"),
+        ({"run_id": {"x": 1}}, "the id of a run must be a text, not {'x': 1}; settings are given by name"),
         ({"timeout": 0}, "a run's timeout must be seconds above 0, not 0"),
         ({"timeout": "5"}, "a run's timeout must be seconds above 0, not '5'"),
         ({"timeout": float("inf")}, "a run's timeout must be seconds above 0, not inf"),
