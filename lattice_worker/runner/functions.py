@@ -1,13 +1,16 @@
 """Loading the user's functions, and what surrounds one while it runs."""
 
+import errno
 import importlib
 import io
 import linecache
 import os
 import pickle
 import pickletools
+import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -79,12 +82,23 @@ def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
                     return f"module {name!r} {left_out[name]}"
             text = "was not among the imports that the client found; name it in modules=[...] of the task"
             return f"module {module!r} {text}, or install it where the worker runs"
+        case OSError(filename=None) if _Spec.is_sealed and _is_refused_network(error):
+            if "HTTP_PROXY" in os.environ:
+                return "this sandbox reaches only the servers that network=[...] of the task lists"
+            return "this sandbox has no network: name the servers that the task needs, as network=['example.com:443']"
         case FileNotFoundError(filename=str(path)):
             if not os.path.isabs(path) and any(os.path.exists(os.path.join(bundle, path)) for bundle in _bundles):
                 return f"{path!r} was sent with the task and lies beside its modules: Path(__file__).parent / {path!r}"
             found = (name for name in left_out if path.endswith(f"/{name}"))
             return next((f"file {name!r} {left_out[name]}" for name in found), "")
     return ""
+
+
+def _is_refused_network(error: OSError) -> bool:
+    if error.errno == errno.EPERM:
+        # Sockets cannot be made; other calls are refused in this way too.
+        return any(frame.filename == socket.__file__ for frame in traceback.extract_tb(error.__traceback__))
+    return error.errno == errno.ENETUNREACH or isinstance(error, socket.gaierror)
 
 
 def shown(filename: str) -> str:

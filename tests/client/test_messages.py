@@ -7,7 +7,16 @@ from typing import Any, NotRequired, TypedDict
 
 import pytest
 
-from lattice_client import LatticeClient, LatticeWorkflow, TargetError, TaskDefinitionError, entrypoint, task
+from lattice_client import (
+    AsyncLatticeClient,
+    LangGraphClient,
+    LatticeClient,
+    LatticeWorkflow,
+    TargetError,
+    TaskDefinitionError,
+    entrypoint,
+    task,
+)
 from lattice_client.graph.workflow import Graph, single
 from lattice_client.runs.ids import task_id_of
 
@@ -222,3 +231,9 @@ def test_a_scheme_that_is_not_known_is_refused_with_those_that_are(target: str) 
         TargetError, match=r"has the scheme .*: host:port .* grpc://, http://, grpcs://, https://, unix:"
     ):
         LatticeClient(target)
+
+
+def test_a_client_refuses_an_unknown_argument() -> None:
+    for make in (LatticeClient, AsyncLatticeClient, LangGraphClient):
+        with pytest.raises(TypeError, match="a client has no argument tls_certs; how it connects is given by token, "):
+            make("127.0.0.1:1", tls_certs="x")  # type: ignore[call-arg]

@@ -16,7 +16,9 @@ from lattice_client import (
     LatticeError,
     NotFoundError,
     TaskDefinitionError,
+    TaskFailedError,
     UnavailableError,
+    context,
     task,
 )
 from lattice_client.runs.driver import blocking
@@ -177,3 +179,14 @@ def test_frames_of_the_client_are_in_the_debug_log(stray: LatticeClient, caplog:
 def test_wrong_input_is_refused_with_a_short_traceback(stray: LatticeClient) -> None:
     error = raised(lambda: stray.run_task(work, {"y": 1}), TaskDefinitionError)
     assert "".join(traceback.format_exception(error)).count("/lattice_client/") == 2
+
+
+def test_traceback_of_a_task_has_no_frames_of_the_worker(client: LatticeClient) -> None:
+    @task
+    def asks() -> None:
+        context.ask("name")
+
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(asks)
+    frames = [line for line in str(caught.value).splitlines() if line.startswith("  File ")]
+    assert [frame.rpartition(" ")[2] for frame in frames] == ["asks"]

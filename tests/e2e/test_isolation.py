@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,6 +134,25 @@ def test_coroutines_and_batches_run_in_a_sandbox(sandboxed: LatticeClient, level
         workflow.add_task(pair, {"numbers": number}, f"p{number}")
     results = workflow.run().result(timeout=60)
     assert sorted(found["result"] for found in results.values()) == [2, 2, 4]
+
+
+def test_error_of_the_network_says_what_the_sandbox_reaches(sandboxed: LatticeClient) -> None:
+    def connect() -> None:
+        socket.create_connection(("127.0.0.1", 1))
+
+    def resolve() -> None:
+        socket.gethostbyname("name.invalid")
+
+    def become_root() -> None:
+        os.setuid(0)
+
+    advice = "\nthis sandbox has no network: name the servers that the task needs, as network=['example.com:443']\n"
+    assert advice in failure(sandboxed, connect, "seccomp")[1]
+    for level in LEVELS:
+        assert advice in failure(sandboxed, resolve, level)[1]
+        assert "this sandbox" not in failure(sandboxed, become_root, level)[1]
+    listed = failure(sandboxed, resolve, "seccomp", network=["other.invalid:443"])[1]
+    assert "\nthis sandbox reaches only the servers that network=[...] of the task lists\n" in listed
 
 
 SPAWNING = """
