@@ -189,6 +189,9 @@ class Graph(Generic[Client]):
         over: str = "",
         condition: Condition | None = None,
     ) -> LatticeTask:
+        if self.workflow_id:
+            text = f"workflow {self.workflow_id!r} is stored, and its tasks are on the server: run it as it is"
+            raise TaskDefinitionError(f"{text}; add tasks to a run of it, by run.add_tasks, or make another workflow")
         definition.check_inputs(given)
         check_values(definition, {name: value for name, value in given.items() if name != over})
         if task_name is not None:

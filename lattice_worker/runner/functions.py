@@ -133,7 +133,11 @@ def load(definition: dict[str, Any], blob: bytes) -> Loaded:
     except BaseException as error:
         text = f"the function {definition['name']!r} cannot be loaded here: "
         text += f"{type_name(type(error))}: {message_of(error)}"
-        reason = reason_of(error, _left_out(blob) if definition["code"] == "pickle" else {})
+        if definition["code"] == "pickle":
+            reason = reason_of(error, _left_out(blob))
+        else:
+            # The client does not look for the imports of other code.
+            reason = "install it where the worker runs" if isinstance(error, ModuleNotFoundError) else ""
         raise PayloadError(f"{text}; {reason}" if reason else text) from error
 
 
@@ -186,6 +190,9 @@ def _load_source(function: str, label: str, source: str) -> Loaded:
     filename = f"<{label or function}>"
     namespace: dict[str, Any] = {"__name__": "__lattice_source__"}
     exec(compile(source, filename, "exec"), namespace)
+    if function not in namespace:
+        defined = ", ".join(name for name in namespace if not name.startswith("__")) or "nothing"
+        raise NameError(f"the source has no {function!r}; it has {defined}")
     loaded = Loaded(namespace[function])
     loaded.learn({"sources": {filename: {1: source}}})
     return loaded
