@@ -5,6 +5,7 @@ Rule: the parts are pickled one by one, from the outside to the inside, until on
 
 import dis
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import CodeType, FunctionType, MethodType
@@ -12,6 +13,7 @@ from typing import Any
 
 from lattice_client.code import pickler
 
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 GLOBAL_STEPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
 MAX_DEPTH = 8
 # The most parts of one value: a list may have millions of items, and each needs a pickler.
@@ -21,6 +23,8 @@ MAX_PARTS = 10_000
 def blame(function: Any, error: Exception) -> str:
     """Return the part of a task's function that cannot be sent, and how to correct it."""
     path, found = _path(function, lambda part: pickler.dumps(part, [].append))
+    if len(path) > 1 and isinstance(function, FunctionType) and function.__code__.co_filename.startswith(PACKAGE):
+        path = path[1:]  # The function of the user within one of this package.
     if not path:
         return f"cannot be sent to a worker: {error}"
     if (own := _own_refusal(found)) is not None:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -384,3 +385,20 @@ def test_code_in_modules_of_the_project_is_checked(tmp_path: Path, monkeypatch: 
 
 def test_code_of_installed_packages_is_not_checked() -> None:
     captures.check(importlib.import_module("warnings").simplefilter, "node 'n'")
+
+
+def test_captured_object_that_cannot_be_sent_is_named_as_the_node_names_it() -> None:
+    lock = threading.Lock()
+
+    def waits(state: Any) -> Any:
+        with lock:
+            return state
+
+    graph: Any = StateGraph(dict)
+    graph.add_node("waits", waits)
+    graph.add_edge(START, "waits")
+    with LangGraphClient("127.0.0.1:1") as lattice, pytest.raises(TaskDefinitionError) as raised:
+        lattice.compile(graph)
+    assert str(raised.value).startswith(
+        "node 'waits' cannot run on Lattice: task 'waits' uses variable 'lock' of an enclosing function (_thread.lock),"
+    )
