@@ -12,6 +12,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from lattice_client.code import pickler
+from lattice_client.errors import LatticeError
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 GLOBAL_STEPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
@@ -28,7 +29,7 @@ def blame(function: Any, error: Exception) -> str:
     if not path:
         return f"cannot be sent to a worker: {error}"
     if (own := _own_refusal(found)) is not None:
-        return f"uses {', '.join(path)}: {own}"
+        return f"uses {', '.join(path)}{_told(own, ', which')}"
     text = f"uses {', '.join(path)} ({_kind(found)}), which cannot be pickled; create it inside the function"
     return text if type(error) is TypeError and "cannot pickle" in str(error) else f"{text}: {error}"
 
@@ -46,7 +47,7 @@ def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], 
     path, found = _path(value, dump)
     where = ", ".join([where, *path])
     if (own := _own_refusal(found)) is not None:
-        return f"{where}: {own}"
+        return f"{where}{_told(own)}"
     return f"{where} ({_kind(found)}) cannot be pickled: {error}{advice and '; '}{advice}"
 
 
@@ -78,6 +79,13 @@ def _own_refusal(value: Any) -> Exception | None:
             except Exception as error:
                 return error
     return None
+
+
+def _told(own: Exception, which: str = "") -> str:
+    """Return the error of a class that refuses to be pickled, with what it is about unless it says so itself."""
+    if isinstance(own, LatticeError) or "pickle" in str(own):
+        return f": {own}"
+    return f"{which} cannot be pickled: {type(own).__name__}: {own}"
 
 
 def _kind(value: Any) -> str:

@@ -237,3 +237,18 @@ def test_a_client_refuses_an_unknown_argument() -> None:
     for make in (LatticeClient, AsyncLatticeClient, LangGraphClient):
         with pytest.raises(TypeError, match="a client has no argument tls_certs; how it connects is given by token, "):
             make("127.0.0.1:1", tls_certs="x")  # type: ignore[call-arg]
+
+
+class Refusing:
+    """Refuses to be pickled, with an error that does not say so."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not now")
+
+
+def test_an_object_that_refuses_to_be_pickled_is_named_with_its_error(client: LatticeClient) -> None:
+    with pytest.raises(TaskDefinitionError, match=r"item 0 cannot be pickled: RuntimeError: not now$"):
+        client.run_task(lambda x: x, {"x": [Refusing()]})
+    captured = Refusing()
+    with pytest.raises(TaskDefinitionError, match=r"function, which cannot be pickled: RuntimeError: not now$"):
+        client.run_task(lambda: captured)
