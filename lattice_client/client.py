@@ -20,6 +20,7 @@ from lattice_client.runs.open_run import AsyncOpenRun, Opening, OpenRunRequest
 from lattice_client.runs.questions import OnQuestion
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.submission import ADMISSION_TIMEOUT_S
+from lattice_client.runs.tracebacks import shorten
 from lattice_client.services.calls import AsyncServices
 from lattice_client.services.llms import AsyncLlms
 from lattice_client.transport.channel import Channel, dial
@@ -27,6 +28,7 @@ from lattice_client.transport.security import SecurityOptions
 from lattice_client.transport.suspending import AsyncChannel
 
 
+@shorten
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
     """A workflow that the user builds, for asyncio."""
 
@@ -65,6 +67,7 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
                 yield message
 
 
+@shorten
 class AsyncLatticeClient:
     """A connection to a server, for any number of event loops. Use it as a context manager or with `close`.
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -195,10 +196,14 @@ def _journal(named: str) -> str:
     """Return the journal that a flag names, a folder by its whole path. Raises click.UsageError."""
     if not named:
         raise click.UsageError("--journal needs a folder, a URL postgresql://..., or `memory` for none")
-    is_folder = named != "memory" and "://" not in named
-    if "://" in named and not named.startswith(("postgresql://", "postgres://")):
-        raise click.UsageError("--journal takes a folder, a URL postgresql://..., or `memory`")
-    return str(Path(named).absolute()) if is_folder else named
+    if named == "memory" or named.startswith(("postgresql://", "postgres://")):
+        return named
+    if scheme := re.match("[A-Za-z][A-Za-z0-9+.-]*:", named):
+        text = (
+            f"--journal takes a folder, a URL postgresql://..., or `memory`, and nothing that begins with {scheme[0]!r}"
+        )
+        raise click.UsageError(f"{text}; a folder of such a name is ./{named}")
+    return str(Path(named).absolute())
 
 
 def _serve(config: ServerConfig) -> None:

@@ -27,7 +27,7 @@ def function_frame(function: task_pb2.Function, bundle_path: str) -> tuple[dict[
         "digest": function.digest,
         "code": code,
         "bundle": bundle_path,
-        "name": function.display_name,
+        "name": function.display_name or python.source.name or function.entrypoint,
         "function": python.source.name,
         "entrypoint": function.entrypoint,
         "call_style": CALL_STYLES.get(python.call_style, "auto"),

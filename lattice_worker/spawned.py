@@ -4,13 +4,14 @@ Rule: reading the value of an output that no task has made yet raises.
 """
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.deferred import Deferred, DeferredValueError
 from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
 
 # A message may be nested 100 deep; each level of a binding takes two of those.
@@ -18,39 +19,11 @@ MAX_LEVELS = 32
 # The text of a spawned task or an output of it, wherever an encoding holds it, and however it was quoted.
 WRITTEN = re.compile(rb"""Spawned(?:Task|Output)\(task_id=\\*['"](.+?)\\*['"], """)
 IN_TEXT = "give the output itself to the task as an input, and make the text there"
-# Operations on a value: operators, calls and conversions.
-BINARY = [
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "divmod",
-    "pow",
-    "lshift",
-    "rshift",
-    "and",
-    "xor",
-]
-UNARY = ["neg", "pos", "abs", "invert", "int", "float", "complex", "index", "round", "call", "lt", "le", "gt", "ge"]
-OPERATORS = [f"__{side}{name}__" for name in [*BINARY, "or"] for side in ("", "r")] + [f"__{name}__" for name in UNARY]
-
-
 # How many steps into a value the contract allows.
 MAX_PATH = 32
 
 
-class DeferredValueError(PayloadError):
-    """A value that no task has made yet was to be read or copied."""
-
-
-class DeferredAttributeError(DeferredValueError, AttributeError):
-    """An attribute of a value that no task has made yet was to be read."""
-
-
-class SpawnedOutput:
+class SpawnedOutput(Deferred):
     """One output of a spawned task, to be wired into another one's inputs.
 
     `output["key"]` and `output[0]` select a part of it; they may follow each other. Not a dataclass:
@@ -71,8 +44,10 @@ class SpawnedOutput:
             raise DeferredValueError(text)
         return SpawnedOutput(self.task_id, self.output, (*self.path, key))
 
-    def __eq__(self, other: object) -> bool:
+    def _is(self, other: Deferred) -> bool:
         return isinstance(other, SpawnedOutput) and self._key() == other._key()
+
+    __eq__ = Deferred.__eq__
 
     def __hash__(self) -> int:
         return hash(self._key())
@@ -84,43 +59,8 @@ class SpawnedOutput:
     def _key(self) -> tuple[object, ...]:
         return self.task_id, self.output, self.path
 
-    def _unknown(self) -> DeferredValueError:
-        return DeferredValueError(_advice(self))
-
-    if not TYPE_CHECKING:  # for which it has no other attributes
-
-        def __getattr__(self, name: str) -> NoReturn:
-            # Whatever probes an object asks for names with an underscore, and for no others of this one.
-            if name.startswith("_") or name in self.__slots__:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            raise DeferredAttributeError(_advice(self))
-
-    def __str__(self) -> str:
-        raise self._unknown()
-
-    def __format__(self, spec: str) -> str:
-        raise self._unknown()
-
-    def __bool__(self) -> bool:
-        raise self._unknown()
-
-    def __len__(self) -> int:
-        raise self._unknown()
-
-    def __iter__(self) -> Iterator[Any]:
-        raise self._unknown()
-
-    def __contains__(self, item: object) -> bool:
-        raise self._unknown()
-
-    def __copy__(self) -> "SpawnedOutput":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "SpawnedOutput":
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise self._unknown()
+    def _advice(self) -> str:
+        return f"{self!r} has no value yet: give it to a task as an input, and read it there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +90,6 @@ class SpawnedTask:
 
     def __reduce__(self) -> NoReturn:
         raise PayloadError(f"{self.task_id!r} is a task; give one of its outputs: task.output")
-
-
-def _advice(output: SpawnedOutput) -> str:
-    return f"{output!r} has no value yet: give it to a task as an input, and read it there"
-
-
-def _unreadable(self: SpawnedOutput, *_: object, **__: object) -> NoReturn:
-    raise self._unknown()
-
-
-for _name in OPERATORS:
-    setattr(SpawnedOutput, _name, _unreadable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ try {
   }
   const { report } = await client.outputs(runId);
   console.log(JSON.stringify(report.result));
+} catch (error) {
+  console.error(error.message);
+  process.exitCode = 1;
 } finally {
   client.close();
 }

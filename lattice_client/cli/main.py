@@ -39,7 +39,7 @@ COMMANDS = {
 }
 
 
-@click.group(cls=Commands, lazy=COMMANDS)
+@click.group(cls=Commands, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name=DISTRIBUTION, prog_name="lattice", message="%(prog)s %(version)s")
 @click.option(
     "--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="The lowest level to log."

@@ -5,13 +5,16 @@ Rule: the parts are pickled one by one, from the outside to the inside, until on
 
 import dis
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from lattice_client.code import pickler
+from lattice_client.errors import LatticeError
 
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 GLOBAL_STEPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
 MAX_DEPTH = 8
 # The most parts of one value: a list may have millions of items, and each needs a pickler.
@@ -21,10 +24,12 @@ MAX_PARTS = 10_000
 def blame(function: Any, error: Exception) -> str:
     """Return the part of a task's function that cannot be sent, and how to correct it."""
     path, found = _path(function, lambda part: pickler.dumps(part, [].append))
+    if len(path) > 1 and isinstance(function, FunctionType) and function.__code__.co_filename.startswith(PACKAGE):
+        path = path[1:]  # The function of the user within one of this package.
     if not path:
         return f"cannot be sent to a worker: {error}"
     if (own := _own_refusal(found)) is not None:
-        return f"uses {', '.join(path)}: {own}"
+        return f"uses {', '.join(path)}{_told(own, ', which')}"
     text = f"uses {', '.join(path)} ({_kind(found)}), which cannot be pickled; create it inside the function"
     return text if type(error) is TypeError and "cannot pickle" in str(error) else f"{text}: {error}"
 
@@ -42,7 +47,7 @@ def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], 
     path, found = _path(value, dump)
     where = ", ".join([where, *path])
     if (own := _own_refusal(found)) is not None:
-        return f"{where}: {own}"
+        return f"{where}{_told(own)}"
     return f"{where} ({_kind(found)}) cannot be pickled: {error}{advice and '; '}{advice}"
 
 
@@ -74,6 +79,13 @@ def _own_refusal(value: Any) -> Exception | None:
             except Exception as error:
                 return error
     return None
+
+
+def _told(own: Exception, which: str = "") -> str:
+    """Return the error of a class that refuses to be pickled, with what it is about unless it says so itself."""
+    if isinstance(own, LatticeError) or "pickle" in str(own):
+        return f": {own}"
+    return f"{which} cannot be pickled: {type(own).__name__}: {own}"
 
 
 def _kind(value: Any) -> str:

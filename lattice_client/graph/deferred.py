@@ -11,6 +11,7 @@ from lattice_client.errors import TaskDefinitionError
 IN_TEXT = 'to put it into a text, use template("... {x} ...", x=task.output)'
 AS_VALUE = "give it to a task as an input, and look into it inside that task"
 AS_CONDITION = "to run a task only if it is true, use add_task(..., when=task.output)"
+AS_COMPARISON = "to run a task only if it has a value, use add_task(..., when=task.output, equals=...)"
 # The special methods of operators, calls and conversions.
 BINARY = [
     "add",
@@ -90,6 +91,17 @@ class Deferred(_AnyValue):
 
     def __bool__(self) -> bool:
         raise self._unknown(AS_CONDITION)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Deferred):
+            return self._is(other)
+        raise self._unknown(AS_COMPARISON)
+
+    __hash__ = object.__hash__
+
+    def _is(self, other: "Deferred") -> bool:
+        """Whether both stand for one value."""
+        return self is other
 
     def __copy__(self) -> "Deferred":
         return self

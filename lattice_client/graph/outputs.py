@@ -74,8 +74,10 @@ class TaskOutput(Deferred):
             raise TaskDefinitionError(f"{self!r} has {MAX_PATH} steps, the most a part may have; {AS_VALUE}")
         return TaskOutput(self.task_id, self.output, self.is_optional, self.owner, (*self.path, key))
 
-    def __eq__(self, other: object) -> bool:
+    def _is(self, other: Deferred) -> bool:
         return isinstance(other, TaskOutput) and self._key() == other._key()
+
+    __eq__ = Deferred.__eq__
 
     def __hash__(self) -> int:
         return hash(self._key())

@@ -75,12 +75,22 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     parameters = settings.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise TaskDefinitionError(f'a run\'s parameters are one dict, {{"name": ...}}, not {parameters!r}')
+    labels = settings.get("labels")
+    if labels is not None and not (isinstance(labels, Mapping) and all(map(_is_text, [*labels, *labels.values()]))):
+        raise TaskDefinitionError(f"a run's labels are a dict of texts by text, not {labels!r}")
+    priority = settings.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -MAX_INT <= priority <= MAX_INT:
+        raise TaskDefinitionError(f"a run's priority must be a whole number up to {MAX_INT}, not {priority!r}")
     disconnect_grace_s(settings.get("cancel_on_disconnect", False))
     timeout = settings.get("timeout")
     if timeout is None:
         return
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def disconnect_grace_s(given: Any) -> float | None:

@@ -101,7 +101,8 @@ def named_arguments(
             case inspect.Parameter.VAR_KEYWORD:
                 found.update(value)
             case inspect.Parameter.VAR_POSITIONAL:
-                raise TaskDefinitionError(f"task {label!r}: inputs are given by name, and {value!r} has none")
+                text = f"inputs are given by name, and {value!r} of *{name} have none; take one list in their place"
+                raise TaskDefinitionError(f"task {label!r}: {text}")
             case _:
                 found[name] = value
     return found

@@ -9,6 +9,7 @@ from lattice_client.graph.definition import BoundTask, TaskDefinition, define
 from lattice_client.graph.environment import Env, checked
 from lattice_client.graph.names import check_text
 from lattice_client.graph.nodes import Condition, LatticeTask, called, condition_of, example_output
+from lattice_client.graph.options import TaskOptions
 from lattice_client.graph.outputs import Outputs, Parameter, Scope, TaskOutput
 from lattice_client.graph.wiring import check_values
 
@@ -188,6 +189,9 @@ class Graph(Generic[Client]):
         over: str = "",
         condition: Condition | None = None,
     ) -> LatticeTask:
+        if self.workflow_id:
+            text = f"workflow {self.workflow_id!r} is stored, and its tasks are on the server: run it as it is"
+            raise TaskDefinitionError(f"{text}; add tasks to a run of it, by run.add_tasks, or make another workflow")
         definition.check_inputs(given)
         check_values(definition, {name: value for name, value in given.items() if name != over})
         if task_name is not None:
@@ -224,6 +228,10 @@ def single(task_func: Any, inputs: Mapping[str, Any] | None, misplaced: Mapping[
 def _given(
     definition: TaskDefinition[..., Any], inputs: object, misplaced: Mapping[str, object], method: str
 ) -> dict[str, Any]:
+    if options := [name for name in misplaced if name in TaskOptions.__annotations__ and name not in definition.inputs]:
+        example = f"{definition.name}.with_({', '.join(f'{name}=...' for name in options)})"
+        text = f"{method} has no argument {', '.join(options)}, which is an option of tasks: @task(...), or {example}"
+        raise TaskDefinitionError(f"task {definition.name!r}: {text}")
     if misplaced:
         text = f"{method} has no argument {', '.join(misplaced)}; the inputs are one dict"
         raise TaskDefinitionError(f"task {definition.name!r}: {text}: {_example_call(definition, method)}")

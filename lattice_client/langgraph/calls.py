@@ -56,6 +56,8 @@ class Call:
         self._answers = Answers(self._references, stub_of, is_async)
         self._message = self._encoded(*arguments, config)
         self._attempt = 0
+        # Whether the present attempt has written or asked something, other than telling its exception.
+        self._has_reached = False
         self._parts: list[bytes] = []
         self._rests: dict[int, bytes] = {}
         self._numbers = itertools.count()
@@ -124,6 +126,7 @@ class Call:
         return self._result(item)
 
     def _take(self, asked: Asked) -> None:
+        self._enter(asked.attempt)
         try:
             found = self._received(asked)
             if found is None:
@@ -131,19 +134,18 @@ class Call:
             chunks, question = found
             for chunk in chunks:
                 self._answers.replay(codec.loads(chunk, self._references))
-            answer: Any = self._answers.answer(codec.loads(question, self._references)) if question else None
+            answer: Any = self._answers.answer(self._question(question)) if question else None
             if is_future(answer):
                 answer.add_done_callback(lambda done: self._reply_future(asked, done))
             elif asyncio.iscoroutine(answer):
                 self._reply(asked, "value", asyncio.run(answer))
             else:
                 self._reply(asked, "value", answer)
-        except WorkerLostError:
-            raise
         except Exception as error:
             self._reply(asked, "error", error)
 
     async def _take_async(self, asked: Asked, answering: "set[asyncio.Task[None]]") -> None:
+        self._enter(asked.attempt)
         try:
             found = self._received(asked)
             if found is None:
@@ -152,7 +154,7 @@ class Call:
             for chunk in chunks:
                 if (waiting := self._answers.replay(codec.loads(chunk, self._references))) is not None:
                     await waiting
-            answer: Any = self._answers.answer(codec.loads(question, self._references)) if question else None
+            answer: Any = self._answers.answer(self._question(question)) if question else None
             if is_future(answer):
                 answer.add_done_callback(lambda done: self._reply_future(asked, done))
             elif hasattr(answer, "__await__"):
@@ -163,8 +165,6 @@ class Call:
                 task.add_done_callback(answering.discard)
             else:
                 self._reply(asked, "value", answer)
-        except WorkerLostError:
-            raise
         except Exception as error:
             self._reply(asked, "error", error)
 
@@ -187,10 +187,6 @@ class Call:
         if self._is_sandboxed:
             asked.reply(PermissionError("a node in a sandbox reaches nothing of the graph's process"))
             return None
-        if self._attempt not in {0, asked.attempt}:
-            text = f"node {self._definition.name!r} had written or asked something before its attempt was lost"
-            raise WorkerLostError(f"{text}; a retry policy for ConnectionError runs it again")
-        self._attempt = asked.attempt
         kind, data = asked.data[:1], asked.data[1:]
         if kind == REST:
             self._send(asked, self._rests.pop(int.from_bytes(data, "big")))
@@ -201,7 +197,26 @@ class Call:
             return None
         whole, self._parts = b"".join(self._parts), []
         chunks, question = pickle.loads(whole)
+        self._has_reached = self._has_reached or bool(chunks)
         return chunks, question
+
+    def _question(self, encoded: bytes) -> tuple[Any, ...]:
+        question: tuple[Any, ...] = codec.loads(encoded, self._references)
+        self._has_reached = self._has_reached or question[0] != "end"
+        return question
+
+    def _enter(self, attempt: int) -> None:
+        """Note the attempt of a message. Raises the exception of an earlier one that has reached something."""
+        if self._attempt in {0, attempt}:
+            self._attempt = attempt
+            return
+        if self._has_reached:
+            if self._answers.error is not None:
+                raise self._answers.error
+            text = f"node {self._definition.name!r} had written or asked something before its attempt was lost"
+            raise WorkerLostError(f"{text}; a retry policy for ConnectionError runs it again")
+        self._attempt, self._parts, self._answers.error = attempt, [], None
+        self._rests.clear()
 
     def _reply(self, asked: Asked, kind: str, value: Any) -> None:
         try:

@@ -1,7 +1,7 @@
 """Owns the check that the code of a node changes no object that it captures from the process of the graph.
 
 Rule: a worker has a copy of what code captures, so that a change of it would be lost. The check reads the source of
-each function that is sent by value; it finds the changes that stand in the source, and none that called objects make.
+each function that is sent by value, and of the functions and methods of the project that it calls.
 """
 
 import ast
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from lattice_client.code.modules import is_installed
 from lattice_client.code.pickler import FunctionPickler
 from lattice_client.errors import TaskDefinitionError
 
@@ -77,21 +78,37 @@ def check(function: Any, what: str) -> None:
         kind = f"asyncio.{type(pickler.signals[0]).__name__}"
         text = f"{what} cannot run on Lattice: its code captures an {kind}, which works within one process only"
         raise TaskDefinitionError(f"{text}; name it in local=[...] to run it here")
-    for found in pickler.functions:
-        _check(found, UNKNOWN, what)
+    pending: list[tuple[Any, Any]] = [(found, UNKNOWN) for found in pickler.functions]
     if isinstance(function, MethodType):
-        _check(function.__func__, function.__self__, what)
+        pending.append((function.__func__, function.__self__))
+    elif isinstance(function, FunctionType) and _is_of_project(function):
+        pending.append((function, UNKNOWN))
     elif not isinstance(function, FunctionType | type):
-        _check(vars(type(function)).get("__call__"), function, what)
+        pending.append((vars(type(function)).get("__call__"), function))
+    sent, seen = {id(found) for found in pickler.functions}, set()
+    while pending:
+        found, owner = pending.pop()
+        if isinstance(found, FunctionType) and (id(found), id(owner)) not in seen:
+            seen.add((id(found), id(owner)))
+            called = _check(found, owner, what)
+            pending += [(inner, its) for inner, its in called if id(inner) in sent or _is_of_project(inner)]
 
 
-def _check(function: Any, owner: Any, what: str) -> None:
-    if not isinstance(function, FunctionType):
-        return
-    for name, line in _Changes(function, owner).found():
+def _is_of_project(function: FunctionType) -> bool:
+    """Whether a function is the user's own code, and not that of an installed package."""
+    own_package = __name__.partition(".")[0]
+    is_ours = str(function.__module__).partition(".")[0] == own_package
+    return not is_ours and not is_installed(function.__code__.co_filename)
+
+
+def _check(function: FunctionType, owner: Any, what: str) -> Iterator[tuple[FunctionType, Any]]:
+    """Yield what a function calls: functions, and methods with their objects. Raises TaskDefinitionError."""
+    changes = _Changes(function, owner)
+    for name, line in changes.found():
         place = f"{function.__code__.co_filename}:{line}"
         text = f"{what} cannot run on Lattice: its code changes {name} ({place}), of which the worker has only a copy"
         raise TaskDefinitionError(f"{text}; return an update, use the store, or name it in local=[...] to run it here")
+    yield from changes.called()
 
 
 class _Changes:
@@ -104,16 +121,57 @@ class _Changes:
         self._owner = owner
         self._own_name = code.co_varnames[0] if owner is not UNKNOWN and code.co_argcount else ""
         self._inner = {name for inner in _inner(code) for name in (*inner.co_varnames, *inner.co_cellvars)}
+        self._tree, self._first = _tree(code)
+        # Other names of captured objects within the function, with the expressions that they stand for.
+        self._aliases: dict[str, ast.expr] = {}
+        self._note_aliases()
+
+    def _note_aliases(self) -> None:
+        steps = list(ast.walk(self._tree))
+        bound = Counter(step.id for step in steps if isinstance(step, ast.Name) and isinstance(step.ctx, ast.Store))
+        parameters = {step.arg for step in steps if isinstance(step, ast.arg)}
+        for step in sorted(steps, key=lambda step: getattr(step, "lineno", 0)):
+            match step:
+                case (
+                    ast.Assign(targets=[ast.Name(id=name)], value=value)
+                    | ast.NamedExpr(target=ast.Name(id=name), value=value)
+                ):
+                    is_alias = self._content(value) is not UNKNOWN
+                case ast.For(target=ast.Name(id=name), iter=value):
+                    content = self._content(value)
+                    is_alias = isinstance(content, CONTAINERS) and any(isinstance(i, CONTAINERS) for i in content)
+                case _:
+                    continue
+            if is_alias and bound[name] == 1 and name not in parameters:
+                self._aliases[name] = self._resolved(value)
+
+    def called(self) -> Iterator[tuple[FunctionType, Any]]:
+        """Yield the functions that the function calls, and the methods of captured objects, each with its object."""
+        for step in ast.walk(self._tree):
+            if not isinstance(step, ast.Call):
+                continue
+            if isinstance(found := self._content(step.func), FunctionType):
+                yield found, UNKNOWN
+                continue
+            owner, name = found, "__call__"
+            if found is UNKNOWN and isinstance(step.func, ast.Attribute):
+                owner, name = self._content(step.func.value), step.func.attr
+            method = None if owner is UNKNOWN else inspect.getattr_static(type(owner), name, None)
+            if isinstance(method, FunctionType):
+                yield method, owner
 
     def found(self) -> Iterator[tuple[str, int]]:
         """Yield the names of changed variables, and the lines."""
-        tree, first = _tree(self._code)
-        for step in ast.walk(tree):
+        first = self._first
+        for step in ast.walk(self._tree):
             match step:
                 case ast.Nonlocal(names=names):
                     yield from ((name, first + step.lineno) for name in names if self._is_free(name))
-                case ast.Call(func=ast.Attribute(value=changed, attr=method)) if method in CHANGING:
+                case ast.Attribute(value=changed, attr=method, ctx=ast.Load()) if method in CHANGING:
                     yield from self._of_container(changed, first)
+                case ast.Call(func=ast.Name(id="next"), args=[taken, *_]) | ast.For(iter=taken):
+                    if isinstance(self._content(taken), Iterator):
+                        yield ast.unparse(self._resolved(taken)), first + taken.lineno
                 case ast.Assign(targets=targets, value=value):
                     for target in targets:
                         yield from self._of_target(target, first, is_in_place=_is_computed_from(target, value))
@@ -128,6 +186,19 @@ class _Changes:
     def _is_free(self, name: str) -> bool:
         return name in self._cells and name not in self._inner
 
+    def _resolved(self, expression: ast.expr) -> ast.expr:
+        """Return an expression with the captured names in the place of their aliases."""
+        match expression:
+            case ast.NamedExpr(value=value):
+                return self._resolved(value)
+            case ast.Name(id=name) if name in self._aliases:
+                return self._aliases[name]
+            case ast.Attribute(value=value, attr=name):
+                return ast.copy_location(ast.Attribute(self._resolved(value), name, expression.ctx), expression)
+            case ast.Subscript(value=value, slice=key):
+                return ast.copy_location(ast.Subscript(self._resolved(value), key, expression.ctx), expression)
+        return expression
+
     def _of_target(self, target: ast.expr, first: int, *, is_in_place: bool = False) -> Iterator[tuple[str, int]]:
         match target:
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
@@ -139,17 +210,21 @@ class _Changes:
                 yield from self._of_container(changed, first, is_in_place=is_in_place)
             case ast.Attribute(value=changed):
                 # An attribute may be set at its first use, such as a model that was loaded.
+                changed = self._resolved(changed)
                 name, holder = _root(changed), self._content(changed)
                 is_checked = self._is_free(name) or (is_in_place and name == self._own_name)
                 if is_checked and holder is not UNKNOWN and not isinstance(holder, ModuleType):
-                    yield ast.unparse(target), first + target.lineno
+                    yield ast.unparse(self._resolved(target)), first + target.lineno
             case ast.Name(id=name) if is_in_place and self._is_global(name):
                 yield name, first + target.lineno
 
     def _of_container(self, changed: ast.expr, first: int, *, is_in_place: bool = False) -> Iterator[tuple[str, int]]:
-        content = self._content(changed)
-        if isinstance(content, CONTAINERS) and (is_in_place or self._is_free(_root(changed)) or not _is_cache(content)):
-            yield ast.unparse(changed), first + changed.lineno
+        resolved = self._resolved(changed)
+        content = self._content(resolved)
+        if isinstance(content, CONTAINERS) and (
+            is_in_place or self._is_free(_root(resolved)) or not _is_cache(content)
+        ):
+            yield ast.unparse(resolved), first + changed.lineno
 
     def _is_global(self, name: str) -> bool:
         is_local = name in (*self._code.co_varnames, *self._code.co_cellvars, *self._code.co_freevars, *self._inner)
@@ -158,6 +233,10 @@ class _Changes:
     def _content(self, expression: ast.expr) -> Any:
         """Return the object that an expression stands for, without running any code; UNKNOWN for most expressions."""
         match expression:
+            case ast.NamedExpr(value=value):
+                return self._content(value)
+            case ast.Name(id=name) if name in self._aliases:
+                return self._content(self._aliases[name])
             case ast.Name(id=name) if self._is_free(name):
                 try:
                     return self._cells[name].cell_contents

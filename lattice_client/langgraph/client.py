@@ -1,7 +1,8 @@
 """Owns the public class for LangGraph. Rule: LangGraph is imported when a method needs it, as it is an extra."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from lattice_client.graph.settings import disconnect_grace_s
@@ -11,6 +12,18 @@ from lattice_client.transport.security import SecurityOptions
 
 if TYPE_CHECKING:
     from lattice_client.langgraph.stubs import Runner
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Raise ModuleNotFoundError with advice for an import that needs the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in {"langgraph", "langchain_core"}:
+            raise
+        text = f'LangGraphClient needs more packages: pip install "lattice-control-plane[langgraph]" ({error})'
+        raise ModuleNotFoundError(text, name=error.name) from None
 
 
 class LangGraphClient:
@@ -46,7 +59,8 @@ class LangGraphClient:
 
     @functools.cached_property
     def _runner(self) -> "Runner":
-        from lattice_client.langgraph.stubs import Runner
+        with _extra():
+            from lattice_client.langgraph.stubs import Runner
 
         return Runner(self._client, self._loop, cancel_on_disconnect=self._cancel_on_disconnect)
 
@@ -59,7 +73,8 @@ class LangGraphClient:
         """
         if function is None:
             return lambda decorated: self.task(decorated, **settings)
-        from lattice_client.langgraph.wrapping import wrapped
+        with _extra():
+            from lattice_client.langgraph.wrapping import wrapped
 
         return wrapped(self._runner, function, settings)
 
@@ -87,7 +102,8 @@ class LangGraphClient:
         Raises:
             TaskDefinitionError: a name does not exist, an option is wrong, or the code of a node cannot be sent.
         """
-        from lattice_client.langgraph.compiling import Plan, compiled
+        with _extra():
+            from lattice_client.langgraph.compiling import Plan, compiled
 
         return compiled(self._runner, graph, Plan.of(resources, default, isolation, local), arguments)
 

@@ -24,6 +24,11 @@ class RunId(str):
         return str, (str(self),)
 
     @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return False
+
+    @property
     def run_id(self) -> str:
         """The run's id as a plain text."""
         return str(self)

@@ -23,6 +23,7 @@ from lattice_client.runs.ids import task_id_of
 from lattice_client.runs.open_run_stream import OpenRunStream
 from lattice_client.runs.questions import OnQuestion, Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.tracebacks import shorten
 from lattice_client.transport import statuses
 from lattice_client.transport.channel import Steps
 
@@ -39,6 +40,7 @@ class OpenRunRequest:
     settings: TaskRunSettings
 
 
+@shorten
 class AsyncOpenRun(AsyncRun):
     """A run that accepts tasks while its stream is open, and whose tasks may ask the caller questions.
 
@@ -157,6 +159,11 @@ class AsyncOpenRun(AsyncRun):
             if (ended := self.caller_stream.task_ends.find(self, task_id)) is not None:
                 return await self.api.reader.output_in(ended, self, task)
             return await self.api.reader.output_of(self, task)
+
+    @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return True
 
     async def fetched_result(
         self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None

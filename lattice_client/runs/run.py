@@ -18,8 +18,10 @@ from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.executions import Execution
 from lattice_client.runs.ids import RunId, task_id_of
+from lattice_client.runs.tracebacks import shorten
 
 
+@shorten
 class AsyncRun(RunId):
     """A run: its id as a text, with methods that read and change the run."""
 
@@ -43,6 +45,11 @@ class AsyncRun(RunId):
             # Without the run its result cannot be asked for.
             weakref.finalize(run, execution.abandon).atexit = False
         return run
+
+    @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return self.grace_s is not None
 
     async def result(
         self,

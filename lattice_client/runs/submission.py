@@ -10,6 +10,7 @@ from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 from lattice_client import errors
 from lattice_client.convert import specs
 from lattice_client.convert.inputs import Binder
+from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.environment import Env, secret
 from lattice_client.graph.nodes import LatticeTask
@@ -118,7 +119,13 @@ class Starter:
                 self._executions.note_call()
             return answer
 
-        response = await self._sender.accepted(call)
+        try:
+            response = await self._sender.accepted(call)
+        except KeyboardInterrupt as error:
+            if not settings.get("cancel_on_disconnect"):
+                command = f"`lattice runs cancel {request.run_id}`"
+                error.add_note(f"run {request.run_id!r} continues if it was started; {command} would end it")
+            raise
         self._sender.known_code.add(function.digest)
         return response
 
@@ -183,6 +190,8 @@ class Starter:
 
     def _common(self, settings: TaskRunSettings, run_id: str = "") -> dict[str, Any]:
         """Return the fields that the requests for a run of one task and of a workflow share."""
+        if not isinstance(run_id, str):
+            raise TaskDefinitionError(f"the id of a run must be a text, not {run_id!r}; settings are given by name")
         timeout = settings.get("timeout")
         grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         return {

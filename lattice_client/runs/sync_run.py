@@ -32,6 +32,11 @@ class Run(RunId):
         found.twin, found.declared = twin, twin.declared
         return found
 
+    @property
+    def ends_with_caller(self) -> bool:
+        """Whether the server cancels the run when this process ends."""
+        return self.twin.ends_with_caller
+
     def result(
         self,
         timeout: float | None = None,
@@ -56,7 +61,7 @@ class Run(RunId):
             DecodeError: a value cannot be decoded here.
         """
         grace_s = disconnect_grace_s(cancel_on_disconnect)
-        fetched = blocking(self.twin.fetched_result(timeout, partial, grace_s), self)
+        fetched = blocking(self.twin.fetched_result(timeout, partial, grace_s), self if grace_s is None else "")
         found: dict[str, Any] = decoded(fetched, trust_pickles)
         return found
 

@@ -8,6 +8,7 @@ from lattice.v1 import service_pb2
 
 from lattice_client import errors
 from lattice_client.runs.paging import PAGE_SIZE, pages
+from lattice_client.runs.tracebacks import shorten
 from lattice_client.services.spec import Program, ServiceSettings, spec_of
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import duration, made
@@ -17,6 +18,7 @@ CALL_S = 240.0
 WAITING = frozenset({service_pb2.SERVICE_STATE_STARTING, service_pb2.SERVICE_STATE_IDLE})
 
 
+@shorten
 class AsyncServices:
     """The services of a server, as `AsyncLatticeClient.services`."""
 

@@ -11,6 +11,7 @@ from lattice.v1 import llm_pb2, service_pb2
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.environment import Secret
 from lattice_client.runs.driver import blocking
+from lattice_client.runs.tracebacks import shorten
 from lattice_client.services.calls import AsyncServices
 from lattice_client.services.spec import spec_of
 from lattice_client.transport.channel import Channel
@@ -86,6 +87,7 @@ def _budget(name: str, settings: LlmSettings, *, is_provider: bool) -> service_p
     return service_pb2.LlmBudget(**given, window=None if window_s is None else duration(window_s))
 
 
+@shorten
 class AsyncLlms(AsyncServices):
     """The language models of a server, as `AsyncLatticeClient.llm`; the other methods are those of services."""
 

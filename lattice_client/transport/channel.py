@@ -62,7 +62,10 @@ OPTIONS = [
 
 
 def dial(target: str | None, **security: Unpack[SecurityOptions]) -> Security:
-    """Return how to connect to a server. Raises TargetError, SecurityError."""
+    """Return how to connect to a server. Raises TypeError, TargetError, SecurityError."""
+    if unknown := sorted(security.keys() - SecurityOptions.__annotations__.keys()):
+        known = ", ".join(SecurityOptions.__annotations__)
+        raise TypeError(f"a client has no argument {', '.join(unknown)}; how it connects is given by {known}")
     return secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
 
 

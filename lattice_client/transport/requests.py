@@ -17,8 +17,16 @@ def made(kind: type[M], **fields: Any) -> M:
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
-        shown = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-        raise errors.InvalidArgumentError(f"a request cannot hold {shown}: {error}") from error
+        wrong = next(name for name, value in fields.items() if not _holds(kind, name, value))
+        raise errors.InvalidArgumentError(f"a request cannot hold {wrong}={fields[wrong]!r}: {error}") from error
+
+
+def _holds(kind: type[Message], name: str, value: Any) -> bool:
+    try:
+        kind(**{name: value})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

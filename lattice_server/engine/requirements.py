@@ -25,7 +25,8 @@ class Requirements:
             for variable, name in spec.secrets:
                 if self._lacks(name, given, tenant):
                     field = f'tasks[{index}].environment["{variable}"].secret'
-                    raise invalid_field(field, f"there is no secret {name!r}")
+                    text = f"there is no secret {name!r}: neither the caller nor the server has a value of this name"
+                    raise invalid_field(field, text)
             for name in spec.services:
                 if not self.has_service(name, tenant):
                     raise invalid_field(f"tasks[{index}].services", f"there is no service {name!r}")

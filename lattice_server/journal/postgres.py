@@ -10,9 +10,6 @@ from dataclasses import field
 from functools import cache
 from typing import Any
 
-import psycopg
-from psycopg import sql
-
 from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import (
     JournalBrokenError,
@@ -35,6 +32,13 @@ from lattice_server.journal.record_reader import RecordReader
 from lattice_server.journal.record_writer import RecordWriter
 from lattice_server.journal.stopped import StoppedJournal, check_version
 from lattice_server.journal.uses import Changes
+
+try:
+    import psycopg
+    from psycopg import sql
+except ImportError as missing:
+    needed = f'a journal in PostgreSQL needs more packages: pip install "lattice-control-plane[postgres]" ({missing})'
+    raise JournalError(needed) from missing
 
 DISK_FULL = "53100"
 DAMAGED = ("XX001", "XX002")

@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from lattice_worker.runner.attempt import Attempt, here, owner_of
+from lattice_worker.runner.called import Call
 from lattice_worker.runner.output import current
 
 
@@ -150,7 +151,9 @@ class Loop(asyncio.SelectorEventLoop):
 def _create_task(
     loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **settings: Any
 ) -> "asyncio.Task[Any]":
-    """Create a task, and note whose it is."""
+    """Create a task, and note whose it is. A call of a task may stand in the place of a coroutine."""
+    if isinstance(coro, Call):
+        coro = coro.waited()
     context: contextvars.Context | None = settings.get("context")
     attempt = current.get() if context is None else context.get(current)
     if not isinstance(attempt, Attempt):

@@ -3,21 +3,26 @@
 Rule: an error is user code, and so is all it refers to; it is described even if its methods raise.
 """
 
+import concurrent.futures._base
 import contextlib
 import os
 import pickle
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import cloudpickle
 
-from lattice_worker.runner import pickler
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
+from lattice_worker.runner.exceptions import pickled
 from lattice_worker.runner.functions import shown
 from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
 from lattice_worker.runner.values import PayloadError
 
-HERE = os.path.dirname(__file__) + os.sep
+# The files of the worker, and the module by which tasks call it.
+HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+CONTEXT = os.sep + os.path.join("lattice_client", "context.py")
+WAITS = concurrent.futures._base.__file__
 # What pickles values: where that fails it is the value that is at fault, and the message says which part of it.
 PICKLING = (os.path.dirname(cloudpickle.__file__) + os.sep, pickle.__file__)
 # With the message, and in bytes, the text of a failure stays below 64 KiB unless it is mostly not Latin.
@@ -52,9 +57,9 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
         bases = [cls for cls in type(error).__mro__[1:] if cls is not object]
         failure["base_types"] = [type_name(cls) for cls in bases[:MAX_BASES]]
     with contextlib.suppress(BaseException):  # An exception that cannot be pickled is still told in text.
-        pickled = pickler.dumps(BaseException.with_traceback(error, None))
-        if len(pickled) <= MAX_EXCEPTION_BYTES:
-            encoder.blobs.append(pickled)
+        blob = pickled(BaseException.with_traceback(error, None))
+        if len(blob) <= MAX_EXCEPTION_BYTES:
+            encoder.blobs.append(blob)
             failure["exception"] = len(encoder.blobs) - 1
     return failure
 
@@ -73,7 +78,7 @@ def _traceback(error: BaseException, *, is_ours: bool) -> str:
         if id(found) in seen:
             continue
         seen.add(id(found))
-        kept = [frame for frame in found.stack if not frame.filename.startswith(hidden)]
+        kept = list(_kept(found.stack, hidden))
         has_frames = has_frames or bool(kept)
         if len(kept) > MAX_FRAMES:
             kept = [*kept[: MAX_FRAMES // 2], *kept[-MAX_FRAMES // 2 :]]
@@ -83,6 +88,16 @@ def _traceback(error: BaseException, *, is_ours: bool) -> str:
         _clip(found)
         pending += [other for other in (found.__cause__, found.__context__, *(found.exceptions or ())) if other]
     return utf8("".join(summary.format())) if has_frames else ""
+
+
+def _kept(frames: traceback.StackSummary, hidden: tuple[str, ...]) -> Iterator[traceback.FrameSummary]:
+    """Yield frames that are not of the worker, nor of a wait in it."""
+    is_hidden = False
+    for frame in frames:
+        is_wait = is_hidden and frame.filename == WAITS
+        is_hidden = is_wait or frame.filename.startswith(hidden) or frame.filename.endswith(CONTEXT)
+        if not is_hidden:
+            yield frame
 
 
 def _clip(summary: traceback.TracebackException) -> None:

@@ -1,12 +1,16 @@
 """Loading the user's functions, and what surrounds one while it runs."""
 
+import errno
 import importlib
 import io
 import linecache
 import os
 import pickle
 import pickletools
+import socket
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -63,6 +67,11 @@ class Loaded:
                 found.add_note(reason)
 
 
+def note_sealed() -> None:
+    """Record that this process is sealed: it has a folder of its own, and no other process opens its descriptors."""
+    _Spec.is_sealed = True
+
+
 def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
     """Return why a module or a file that an error misses was not sent; nothing for other errors."""
     match error:
@@ -73,12 +82,23 @@ def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
                     return f"module {name!r} {left_out[name]}"
             text = "was not among the imports that the client found; name it in modules=[...] of the task"
             return f"module {module!r} {text}, or install it where the worker runs"
+        case OSError(filename=None) if _Spec.is_sealed and _is_refused_network(error):
+            if "HTTP_PROXY" in os.environ:
+                return "this sandbox reaches only the servers that network=[...] of the task lists"
+            return "this sandbox has no network: name the servers that the task needs, as network=['example.com:443']"
         case FileNotFoundError(filename=str(path)):
             if not os.path.isabs(path) and any(os.path.exists(os.path.join(bundle, path)) for bundle in _bundles):
                 return f"{path!r} was sent with the task and lies beside its modules: Path(__file__).parent / {path!r}"
             found = (name for name in left_out if path.endswith(f"/{name}"))
             return next((f"file {name!r} {left_out[name]}" for name in found), "")
     return ""
+
+
+def _is_refused_network(error: OSError) -> bool:
+    if error.errno == errno.EPERM:
+        # Sockets cannot be made; other calls are refused in this way too.
+        return any(frame.filename == socket.__file__ for frame in traceback.extract_tb(error.__traceback__))
+    return error.errno == errno.ENETUNREACH or isinstance(error, socket.gaierror)
 
 
 def shown(filename: str) -> str:
@@ -113,7 +133,11 @@ def load(definition: dict[str, Any], blob: bytes) -> Loaded:
     except BaseException as error:
         text = f"the function {definition['name']!r} cannot be loaded here: "
         text += f"{type_name(type(error))}: {message_of(error)}"
-        reason = reason_of(error, _left_out(blob) if definition["code"] == "pickle" else {})
+        if definition["code"] == "pickle":
+            reason = reason_of(error, _left_out(blob))
+        else:
+            # The client does not look for the imports of other code.
+            reason = "install it where the worker runs" if isinstance(error, ModuleNotFoundError) else ""
         raise PayloadError(f"{text}; {reason}" if reason else text) from error
 
 
@@ -166,6 +190,9 @@ def _load_source(function: str, label: str, source: str) -> Loaded:
     filename = f"<{label or function}>"
     namespace: dict[str, Any] = {"__name__": "__lattice_source__"}
     exec(compile(source, filename, "exec"), namespace)
+    if function not in namespace:
+        defined = ", ".join(name for name in namespace if not name.startswith("__")) or "nothing"
+        raise NameError(f"the source has no {function!r}; it has {defined}")
     loaded = Loaded(namespace[function])
     loaded.learn({"sources": {filename: {1: source}}})
     return loaded
@@ -180,18 +207,25 @@ class _Spec:
 
     loader = origin = submodule_search_locations = cached = None
     has_location = False
+    is_sealed = False
 
     def __init__(self, blob: bytes) -> None:
         self._blob = blob
         self._file: int | None = None
+        self._path = ""
 
     @property
     def name(self) -> str:
         """A module that has what this script has; see `spawned`."""
         if self._file is None:
-            self._file = os.memfd_create("function")
-            os.write(self._file, self._blob)
-        os.environ[SCRIPT_VARIABLE] = f"/proc/{os.getpid()}/fd/{self._file}"
+            if self.is_sealed:
+                # The folder of a sandbox ends with it.
+                self._file, self._path = tempfile.mkstemp(prefix="function-")
+            else:
+                self._file = os.memfd_create("function")
+            with open(self._file, "wb", closefd=False) as file:
+                file.write(self._blob)
+        os.environ[SCRIPT_VARIABLE] = self._path or f"/proc/{os.getpid()}/fd/{self._file}"
         return SPAWNED
 
     @property

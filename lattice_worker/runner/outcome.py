@@ -148,5 +148,5 @@ def end_child(error: BaseException | None) -> NoReturn:
 
 def _items(name: str, value: Any) -> list[Any]:
     if isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__"):
-        raise PayloadError(f"output {name!r} is mapped over and must be a list; it is a {type(value).__name__}")
+        raise PayloadError(f"output {name!r} is mapped over and must be a list; it is of type {type(value).__name__}")
     return list(value)

@@ -12,6 +12,7 @@ from lattice_worker.runner import aio, threads
 from lattice_worker.runner.adoption import adopt
 from lattice_worker.runner.claims import Claims
 from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.functions import note_sealed
 from lattice_worker.runner.inbox import Inbox
 from lattice_worker.runner.invocations import Program
 from lattice_worker.runner.output import Output, Stream, has_unread_output
@@ -59,6 +60,8 @@ def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None)
     baseline = Baseline()
     program = Program(channel, baseline)
     frames = Inbox(channel)
+    if facts is not None:
+        note_sealed()
     waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
     channel.send({"kind": "ready"} if facts is None else {"kind": "ready", "facts": facts})
     while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:

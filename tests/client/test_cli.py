@@ -212,3 +212,9 @@ def test_a_script_fails_as_it_would_with_python(tmp_path: Path, code: str) -> No
     )
     assert plain.returncode != 0
     assert (done.returncode, done.stdout, done.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+@pytest.mark.parametrize("command", [[], ["runs"], ["runs", "list"], ["status"], ["start"]])
+def test_help_has_a_short_option(command: list[str]) -> None:
+    short, long = (CliRunner().invoke(main, [*command, option]) for option in ("-h", "--help"))
+    assert (short.exit_code, short.stdout) == (0, long.stdout)

@@ -6,6 +6,9 @@ import pytest
 from lattice.v1 import task_pb2
 
 from lattice_client import LatticeClient, PreconditionError, TaskDefinitionError, entrypoint
+from lattice_worker.convert import function_frame
+from lattice_worker.runner.functions import load
+from lattice_worker.runner.values import PayloadError
 
 
 def test_entrypoint_has_its_path_inputs_and_outputs() -> None:
@@ -49,3 +52,32 @@ def test_run_is_refused_when_no_worker_offers_the_entry_point(client: LatticeCli
         workflow.run()
     with pytest.raises(TaskDefinitionError, match="needs input 'text'"):
         workflow.add_task(entrypoint("js/word_count", inputs=["text"]))
+
+
+@pytest.mark.parametrize(
+    ("definition", "text"),
+    [
+        ({"code": "source", "function": "double", "name": "double"}, "the source has no 'double'; it has twice"),
+        (
+            {"code": "entrypoint", "entrypoint": "missing_module:run", "name": "missing_module:run"},
+            "No module named 'missing_module'; install it where the worker runs",
+        ),
+    ],
+)
+def test_worker_says_why_named_code_cannot_be_loaded(definition: dict[str, Any], text: str) -> None:
+    with pytest.raises(PayloadError) as caught:
+        load({"bundle": "", **definition}, b"def twice(x): return 2 * x")
+    assert str(caught.value).startswith(f"the function {definition['name']!r} cannot be loaded here: ")
+    assert str(caught.value).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (task_pb2.Function(display_name="shown", entrypoint="a:b"), "shown"),
+        (task_pb2.Function(entrypoint="a:b"), "a:b"),
+        (task_pb2.Function(python=task_pb2.PythonFunction(source=task_pb2.PythonSource(name="double"))), "double"),
+    ],
+)
+def test_function_without_a_name_is_named_by_its_code(function: task_pb2.Function, name: str) -> None:
+    assert function_frame(function, "")[0]["name"] == name

@@ -210,16 +210,46 @@ with LatticeClient(sys.argv[1]) as client:
 """
 
 
+def interrupted(follow: str, address: str, run_id: str) -> str:
+    """Return what a program prints to stderr when Ctrl-C ends it while it follows a run."""
+    command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run_id]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=WAIT_S)
+    return told
+
+
+def test_interrupt_has_a_note_that_the_run_of_a_task_continues() -> None:
+    with running() as (address, run):
+        told = interrupted("client.run_task(lambda: 1)", address, run)
+        with LatticeClient(address) as client:
+            (started,) = (found.run_id for found in client.list_runs() if found.run_id != run)
+    note = f"run '{started}' continues if it was started; `lattice runs cancel {started}` would end it"
+    assert told.endswith(f"KeyboardInterrupt\n{note}\n")
+
+
+@pytest.mark.parametrize(
+    "follow",
+    [
+        "run.result(cancel_on_disconnect=True)",
+        "client.run_task(lambda: 1, cancel_on_disconnect=True)",
+        "w = client.create_workflow(); w.add_task(lambda: 1); w.run(cancel_on_disconnect=True).result()",
+        "w = client.create_workflow(); w.add_task(lambda: 1); list(w.run(cancel_on_disconnect=True).events())",
+        "opened = client.open_run(); opened.output(opened.add(lambda: 1))",
+    ],
+)
+def test_interrupt_has_no_note_when_the_run_ends_with_its_caller(follow: str) -> None:
+    with running() as (address, run):
+        assert interrupted(follow, address, run).endswith("\nKeyboardInterrupt\n")
+
+
 @pytest.mark.parametrize("follow", ["run.result()", "list(run.events())"])
 def test_interrupt_has_a_note_that_the_run_continues(follow: str) -> None:
     with running() as (address, run):
-        command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "waiting\n"
-            time.sleep(0.3)
-            process.send_signal(signal.SIGINT)
-            _, told = process.communicate(timeout=WAIT_S)
+        told = interrupted(follow, address, run)
         assert told.endswith(f"KeyboardInterrupt\nrun '{run}' continues; `lattice runs cancel {run}` would end it\n")
         assert told.count("Traceback") == 1
         assert "concurrent/futures" not in told

@@ -114,3 +114,18 @@ def test_summary_of_a_command_is_the_first_sentence_of_its_help(group: LazyGroup
         command = group.get_command(context, name)
         assert command is not None
         assert (command.name, summary) == (name, command.get_short_help_str(1000))
+
+
+@pytest.mark.parametrize("use", ["task(lambda state: state)", "compile(None)"])
+def test_use_of_langgraph_without_it_names_the_extra(use: str) -> None:
+    program = f"""
+import sys
+sys.modules["langgraph"] = None
+from lattice_client import LangGraphClient
+try:
+    LangGraphClient("127.0.0.1:1").{use}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    needed = 'LangGraphClient needs more packages: pip install "lattice-control-plane[langgraph]" ('
+    assert output_of(program).startswith(needed)

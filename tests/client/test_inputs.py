@@ -396,7 +396,14 @@ def test_an_output_can_be_shown_compared_and_be_a_key() -> None:
     assert repr([output()]) == "[TaskOutput(task_id='t', output='a')]"
     assert output() == output()
     assert output() != output().optional()
-    assert output() != "a"
+    for compare in (
+        lambda: output() == "a",
+        lambda: output() != "a",
+        lambda: output() in ["a"],
+        lambda: output() == "a",
+    ):
+        with pytest.raises(TaskDefinitionError, match=r"to run a task only if it has a value, use .* equals="):
+            compare()
     assert {output(): 1}[output()] == 1
 
 

@@ -1,8 +1,12 @@
 """The check that a node's code changes nothing that it captures, by functions that do and functions that do not."""
 
 import asyncio
+import importlib
+import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +72,26 @@ def _closures() -> None:
     found: dict[str, Any] = {}
     count = 0
     node = Node()
+    table: list[list[Any]] = [[]]
+
+    class Meter(Node):
+        """Is sent with the functions that use it, as classes of scripts are."""
+
+        def reads(self, state: Any) -> Any:
+            self.uses += 1
+
+        def reads_twice(self, state: Any) -> Any:
+            return self.reads(state)
+
+        def __call__(self, state: Any) -> Any:
+            return self.reads(state)
+
+        def loads_once(self, state: Any) -> Any:
+            self.model = self.model or state
+            self.cache[state] = len(self.log)
+
+    meter = Meter()
+    numbers = itertools.count()
 
     @changes
     def appends(state: Any) -> Any:
@@ -118,6 +142,69 @@ def _closures() -> None:
         return appends(state)
 
     changes(lambda state: seen.append(state) or state)
+
+    @changes
+    def changes_by_another_name(state: Any) -> Any:
+        log = node.log
+        log.append(state)
+
+    @changes
+    def changes_by_a_name_of_another_name(state: Any) -> Any:
+        this = node
+        (these := this.log).append(state)
+        return these
+
+    @changes
+    def changes_items(state: Any) -> Any:
+        for lines in table:
+            lines.append(state)
+
+    @changes
+    def keeps_a_method_that_changes(state: Any) -> Any:
+        add = seen.append
+        add(state)
+
+    @changes
+    def gives_a_method_away(state: Any) -> Any:
+        list(map(seen.append, [state]))
+
+    @changes
+    def takes_the_next(state: Any) -> Any:
+        return next(numbers)
+
+    @changes
+    def takes_all(state: Any) -> Any:
+        for number in numbers:
+            return number
+
+    @changes
+    def calls_a_method_that_changes(state: Any) -> Any:
+        meter.reads(state)
+
+    @changes
+    def calls_a_method_that_calls_one(state: Any) -> Any:
+        other = meter
+        return other.reads_twice(state)
+
+    @changes
+    def calls_an_object_that_counts(state: Any) -> Any:
+        return meter(state)
+
+    @keeps
+    def calls_methods_that_change_nothing(state: Any) -> Any:
+        return meter.loads_once(state), len(meter.log)
+
+    @keeps
+    def changes_a_copy(state: Any) -> Any:
+        copy = list(seen)
+        copy.append(state)
+        lines = seen
+        lines = [*lines]
+        lines.append(state)
+        for word in seen:
+            word.append(state)
+        for number in list(numbers):
+            copy.append(number)
 
     @keeps
     def reads(state: Any) -> Any:
@@ -250,3 +337,68 @@ def test_a_decorated_function_is_refused() -> None:
         pytest.raises(TaskDefinitionError, match=r"changes self\.log "),
     ):
         lattice.task(NODE.logs)
+
+
+MODULE = """
+log, cache, model, count = [], {}, None, 0
+
+class Meter:
+    uses = 0
+
+    def read(self):
+        self.uses += 1
+
+meter = Meter()
+
+def note(text):
+    log.append(text)
+
+def appends(state):
+    log.append(state)
+
+def calls_one_that_appends(state):
+    return note(state)
+
+def calls_a_method_that_counts(state):
+    return meter.read()
+
+def counts(state):
+    global count
+    count += 1
+
+def caches(state):
+    global model
+    model = cache[state] = model or state
+    return [*log, meter]
+"""
+
+
+def test_code_in_modules_of_the_project_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nodes_of_project.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    nodes = importlib.import_module("nodes_of_project")
+    for function in (nodes.appends, nodes.calls_one_that_appends, nodes.calls_a_method_that_counts, nodes.counts):
+        with pytest.raises(TaskDefinitionError, match=r"changes (log|self.uses|count) \(.*nodes_of_project.py:"):
+            captures.check(function, "node 'n'")
+    captures.check(nodes.caches, "node 'n'")
+
+
+def test_code_of_installed_packages_is_not_checked() -> None:
+    captures.check(importlib.import_module("warnings").simplefilter, "node 'n'")
+
+
+def test_captured_object_that_cannot_be_sent_is_named_as_the_node_names_it() -> None:
+    lock = threading.Lock()
+
+    def waits(state: Any) -> Any:
+        with lock:
+            return state
+
+    graph: Any = StateGraph(dict)
+    graph.add_node("waits", waits)
+    graph.add_edge(START, "waits")
+    with LangGraphClient("127.0.0.1:1") as lattice, pytest.raises(TaskDefinitionError) as raised:
+        lattice.compile(graph)
+    assert str(raised.value).startswith(
+        "node 'waits' cannot run on Lattice: task 'waits' uses variable 'lock' of an enclosing function (_thread.lock),"
+    )

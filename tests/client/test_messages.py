@@ -7,7 +7,16 @@ from typing import Any, NotRequired, TypedDict
 
 import pytest
 
-from lattice_client import LatticeClient, LatticeWorkflow, TargetError, TaskDefinitionError, entrypoint, task
+from lattice_client import (
+    AsyncLatticeClient,
+    LangGraphClient,
+    LatticeClient,
+    LatticeWorkflow,
+    TargetError,
+    TaskDefinitionError,
+    entrypoint,
+    task,
+)
 from lattice_client.graph.workflow import Graph, single
 from lattice_client.runs.ids import task_id_of
 
@@ -136,6 +145,10 @@ def test_output_error_explains_that_a_key_may_be_left_out(graph: Graph[None]) ->
             lambda t: single(leaf, None, {"a": 1}),
             r'run_task has no argument a; .*: run_task\(leaf, {"a": ..., "b": ...}\)',
         ),
+        (
+            lambda t: single(leaf, {"a": 1}, {"cpu": 1, "retries": 2}),
+            r"run_task has no argument cpu, retries, which is an option of .*, or leaf.with_\(cpu=..., retries=...\)$",
+        ),
         (lambda t: single(leaf, None, {}), "task 'leaf' needs input 'a'; its inputs: a, b"),
         (lambda t: single(leaf, 1, {}), r"the inputs are one dict, run_task\(leaf, .*\), not int"),
         (lambda t: single(t.output, None, {}), "must be a function or a @task, not the output 'result' of task 'leaf'"),
@@ -194,6 +207,12 @@ def test_a_task_without_inputs_runs_without_any(client: LatticeClient) -> None:
     ("settings", "text"),
     [
         ({"prioritty": 3}, "a run has no setting 'prioritty'; its settings: run_id, labels, priority, timeout"),
+        ({"labels": {"a": 1}}, "a run's labels are a dict of texts by text, not {'a': 1}"),
+        ({"labels": ["a"]}, r"a run's labels are a dict of texts by text, not \['a'\]"),
+        ({"priority": "high"}, "a run's priority must be a whole number up to 2147483647, not 'high'"),
+        ({"priority": 2**31}, "a run's priority must be a whole number up to 2147483647, not 2147483648"),
+        ({"priority": True}, "a run's priority must be a whole number up to 2147483647, not True"),
+        ({"run_id": {"x": 1}}, "the id of a run must be a text, not {'x': 1}; settings are given by name"),
         ({"timeout": 0}, "a run's timeout must be seconds above 0, not 0"),
         ({"timeout": "5"}, "a run's timeout must be seconds above 0, not '5'"),
         ({"timeout": float("inf")}, "a run's timeout must be seconds above 0, not inf"),
@@ -212,3 +231,24 @@ def test_a_scheme_that_is_not_known_is_refused_with_those_that_are(target: str) 
         TargetError, match=r"has the scheme .*: host:port .* grpc://, http://, grpcs://, https://, unix:"
     ):
         LatticeClient(target)
+
+
+def test_a_client_refuses_an_unknown_argument() -> None:
+    for make in (LatticeClient, AsyncLatticeClient, LangGraphClient):
+        with pytest.raises(TypeError, match="a client has no argument tls_certs; how it connects is given by token, "):
+            make("127.0.0.1:1", tls_certs="x")  # type: ignore[call-arg]
+
+
+class Refusing:
+    """Refuses to be pickled, with an error that does not say so."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not now")
+
+
+def test_an_object_that_refuses_to_be_pickled_is_named_with_its_error(client: LatticeClient) -> None:
+    with pytest.raises(TaskDefinitionError, match=r"item 0 cannot be pickled: RuntimeError: not now$"):
+        client.run_task(lambda x: x, {"x": [Refusing()]})
+    captured = Refusing()
+    with pytest.raises(TaskDefinitionError, match=r"function, which cannot be pickled: RuntimeError: not now$"):
+        client.run_task(lambda: captured)

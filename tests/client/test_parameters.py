@@ -120,6 +120,12 @@ def test_a_stored_workflow_is_run_by_its_id(client: LatticeClient, workflow: Lat
         stored.run(parameters={"x": 1})
 
 
+def test_a_stored_workflow_takes_no_more_tasks(client: LatticeClient) -> None:
+    stored = client.get_workflow("kept")
+    with pytest.raises(TaskDefinitionError, match=r"workflow 'kept' is stored, .* by run.add_tasks, or make another"):
+        stored.add_task(lambda: 1)
+
+
 def test_a_workflow_is_stored_under_an_id_of_its_own(client: LatticeClient, workflow: LatticeWorkflow) -> None:
     workflow.add_task(echo, {"value": 1})
     assert workflow.store().run().result() == workflow.store().run().result() == {"result": 1}

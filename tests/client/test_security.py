@@ -1,7 +1,9 @@
 """The security of connections: which targets are refused, and the credentials that are sent."""
 
 import logging
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -237,3 +239,28 @@ def test_calls_to_this_machine_use_no_proxy(guarded: str, monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     with LatticeClient(guarded, token=TOKEN) as client:
         assert client.server_info().executor == "local"
+
+
+HANDSHAKE = """
+import os, socket, threading
+from lattice_client import LatticeClient, UnavailableError
+listener = socket.create_server(("127.0.0.1", 0))
+
+def answer():
+    while True:
+        connection, _ = listener.accept()
+        connection.sendall(b"this is not TLS\\r\\n")
+
+threading.Thread(target=answer, daemon=True).start()
+try:
+    LatticeClient(f"grpcs://127.0.0.1:{listener.getsockname()[1]}").server_info()
+except UnavailableError as error:
+    print("does not speak TLS" in str(error), "GRPC_VERBOSITY" in os.environ)
+"""
+
+
+def test_failed_handshake_prints_nothing() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    command = [sys.executable, "-c", HANDSHAKE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.stderr) == ("True False\n", "")

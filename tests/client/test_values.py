@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -40,15 +40,41 @@ def thrown() -> None:
 class Odd(Exception):
     """Cannot be rebuilt from its arguments."""
 
+    def __new__(cls, first: str, second: str) -> Self:
+        return super().__new__(cls)
+
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} {second}")
 
 
+class Status(Exception):
+    """Keeps other arguments than it was made with, as many clients of web services do."""
+
+    def __init__(self, message: str, *, code: int, response: Any) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code, self.response = code, response
+
+
+@task
+def refused() -> None:
+    raise Status("too many requests", code=429, response=threading.Lock())
+
+
+@task
+def refused_twice() -> None:
+    raise ExceptionGroup("both", [Status("gone", code=410, response=None), Status("late", code=408, response=None)])
+
+
+class Locked(Exception):
+    """Cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        return Locked, (threading.Lock(),)
+
+
 @task
 def unpicklable() -> None:
-    error = ValueError("has a lock")
-    error.lock = threading.Lock()  # type: ignore[attr-defined]
-    raise error
+    raise Locked("has a lock")
 
 
 @task
@@ -164,6 +190,23 @@ def test_error_explains_why_the_original_exception_is_missing(client: LatticeCli
     else:
         assert "The worker sent the original exception as text only: it could not be pickled, or" in text
     assert "Remote traceback:" in text
+
+
+def test_exception_with_a_constructor_of_its_own_is_the_cause(client: LatticeClient) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(refused)
+    cause = caught.value.__cause__
+    assert isinstance(cause, Status)
+    assert (str(cause), cause.code, hasattr(cause, "response")) == ("429: too many requests", 429, False)
+    assert cause.__notes__ == ["not sent by the worker, because it cannot be pickled: response"]
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(refused_twice)
+    group = caught.value.__cause__
+    assert isinstance(group, ExceptionGroup)
+    assert [(str(error), getattr(error, "code", 0)) for error in group.exceptions] == [
+        ("410: gone", 410),
+        ("408: late", 408),
+    ]
 
 
 def test_error_has_the_number_of_failed_tasks(client: LatticeClient) -> None:

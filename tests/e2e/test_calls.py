@@ -92,6 +92,32 @@ def test_a_call_that_fails_raises_in_the_caller_which_may_go_on(local: str) -> N
             client.run_task(passes_on)
 
 
+def test_a_failure_that_calls_pass_on_is_told_once(local: str) -> None:
+    @task
+    def descends(n: int) -> Any:
+        return context.call(descends if n else broken, {"n": n - 1} if n else {"x": 0}).result()
+
+    with LatticeClient(local) as client, pytest.raises(TaskFailedError) as raised:
+        client.run_task(descends, {"n": 3})
+    assert str(raised.value.__cause__) == (
+        "task 'descends/descends/descends/descends/broken' failed (USER_ERROR): LookupError: no 0"
+    )
+
+
+def test_calls_stand_where_asyncio_takes_coroutines(local: str) -> None:
+    @task
+    async def waits() -> Any:
+        calls = [context.call(double, {"x": number}) for number in range(4)]
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(calls[0])
+        second = await asyncio.create_task(calls[1])
+        third = await asyncio.wait_for(calls[2], 30)
+        return [first.result(), second, third, await asyncio.wait_for(calls[2], 30), await next(iter([calls[3]]))]
+
+    with LatticeClient(local) as client:
+        assert client.run_task(waits) == {"result": [0, 2, 4, 4, 6]}
+
+
 def test_a_task_may_return_a_call(local: str) -> None:
     @task
     def returns_call() -> Any:

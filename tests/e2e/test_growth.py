@@ -121,7 +121,7 @@ def test_items_may_be_large_or_no_json(client: LatticeClient) -> None:
 def test_only_a_list_can_be_mapped_over(client: LatticeClient, value: Any) -> None:
     workflow = client.create_workflow()
     workflow.map(add, workflow.add_task(give, {"value": value}).output)
-    with pytest.raises(TaskFailedError, match="is mapped over and must be a list; it is a") as caught:
+    with pytest.raises(TaskFailedError, match="is mapped over and must be a list; it is of type ") as caught:
         workflow.run().result(timeout=WAIT_S)
     assert caught.value.kind == "PAYLOAD"
 

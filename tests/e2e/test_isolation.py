@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lattice.v1 import resources_pb2
 from lattice_client import LatticeClient, TaskFailedError, task
 from tests.client.shell import call
 from tests.e2e.conftest import OFFERS, served
+from tests.e2e.test_code import run
 
 LEVELS = ("subprocess", "seccomp")
 MIB = 1024 * 1024
@@ -132,6 +134,49 @@ def test_coroutines_and_batches_run_in_a_sandbox(sandboxed: LatticeClient, level
         workflow.add_task(pair, {"numbers": number}, f"p{number}")
     results = workflow.run().result(timeout=60)
     assert sorted(found["result"] for found in results.values()) == [2, 2, 4]
+
+
+def test_error_of_the_network_says_what_the_sandbox_reaches(sandboxed: LatticeClient) -> None:
+    def connect() -> None:
+        socket.create_connection(("127.0.0.1", 1))
+
+    def resolve() -> None:
+        socket.gethostbyname("name.invalid")
+
+    def become_root() -> None:
+        os.setuid(0)
+
+    advice = "\nthis sandbox has no network: name the servers that the task needs, as network=['example.com:443']\n"
+    assert advice in failure(sandboxed, connect, "seccomp")[1]
+    for level in LEVELS:
+        assert advice in failure(sandboxed, resolve, level)[1]
+        assert "this sandbox" not in failure(sandboxed, become_root, level)[1]
+    listed = failure(sandboxed, resolve, "seccomp", network=["other.invalid:443"])[1]
+    assert "\nthis sandbox reaches only the servers that network=[...] of the task lists\n" in listed
+
+
+SPAWNING = """
+import multiprocessing
+from lattice_client import LatticeClient, task
+
+def double(number):
+    return 2 * number
+
+@task(timeout=60)
+def spread(method):
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        return pool.map(double, [1, 2])
+
+with LatticeClient() as client:
+    for level in ("subprocess", "seccomp"):
+        for method in ("spawn", "forkserver", "fork"):
+            print(client.run_task(spread.with_(isolation=level), {"method": method})["result"])
+"""
+
+
+def test_processes_that_a_sandboxed_task_starts_have_its_script(sandboxed: LatticeClient, tmp_path: Path) -> None:
+    done = run(sandboxed.target, tmp_path, {"script.py": SPAWNING}, "script.py")
+    assert done.stdout == "[2, 4]\n" * 6, done.stderr
 
 
 def test_node_lists_the_levels_it_can_set_up(sandboxed: LatticeClient) -> None:

@@ -307,6 +307,64 @@ def test_call_of_a_node_fails_when_its_attempt_was_lost_after_writing_to_the_str
     assert items == ["written"]
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_retries_of_a_task_repeat_a_node_that_raises_before_it_reaches_anything(
+    is_async: bool, local: str, tmp_path: Path
+) -> None:
+    tries = tmp_path / "tries"
+
+    def begin() -> None:
+        with tries.open("a") as file:
+            file.write("x")
+        if len(tries.read_text()) < 3:
+            raise QuotaError("ann", 1)
+
+    @LangGraphClient(local).task(retries=2, retry_backoff=0)
+    def fails_twice(state: State, store: BaseStore) -> dict[str, Any]:
+        begin()
+        store.put(("n",), "k", {"x": 1})
+        return {"words": ["done"]}
+
+    @LangGraphClient(local).task(retries=2, retry_backoff=0)
+    async def fails_twice_as_coroutine(state: State, store: BaseStore) -> dict[str, Any]:
+        begin()
+        await store.aput(("n",), "k", {"x": 1})
+        return {"words": ["done"]}
+
+    node = fails_twice_as_coroutine if is_async else fails_twice
+    graph = graph_of(node)
+    graph.add_edge(START, node.__name__)
+    app = graph.compile(store=InMemoryStore())
+    found = asyncio.run(app.ainvoke(given())) if is_async else app.invoke(given())
+    assert (found["words"], tries.read_text()) == (["done"], "xxx")
+
+
+def test_node_raises_its_own_exception_when_its_attempts_are_used_up(local: str) -> None:
+    @LangGraphClient(local).task(retries=1, retry_backoff=0)
+    def fails(state: State) -> dict[str, Any]:
+        raise QuotaError("ann", 7)
+
+    graph = graph_of(fails)
+    graph.add_edge(START, "fails")
+    with pytest.raises(QuotaError):
+        graph.compile().invoke(given())
+
+
+def test_node_that_raises_after_it_has_written_is_not_repeated(local: str) -> None:
+    @LangGraphClient(local).task(retries=3, retry_backoff=0)
+    def writes(state: State, runtime: Runtime[Context], store: BaseStore) -> dict[str, Any]:
+        runtime.stream_writer("written")
+        store.get(("n",), "the answer says that the chunk has arrived")
+        raise QuotaError("ann", 7)
+
+    graph = graph_of(writes)
+    graph.add_edge(START, "writes")
+    app, items = graph.compile(store=InMemoryStore()), list[Any]()
+    with pytest.raises(QuotaError):
+        items.extend(app.stream(given(), stream_mode="custom"))
+    assert items == ["written"]
+
+
 def test_coroutines_of_a_superstep_are_added_by_one_message(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     add = AsyncOpenRun.add_tasks

@@ -11,7 +11,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 from lattice_server.flags import Flags
-from tests.commands import START
+from tests.commands import LATTICE, START
 
 pytestmark = pytest.mark.slow
 
@@ -179,3 +179,34 @@ def test_workers_of_the_server_find_the_port_of_their_gateways(
     flags = Flags(**dict.fromkeys(Flags.__dataclass_fields__) | {"gateway_port": flag})
     assert flags.gateways(ServerConfig(gateway_port=key)).gateway_port == int(expected or 0)
     assert os.environ.get("LATTICE_GATEWAY_PORT") == expected
+
+
+@pytest.mark.parametrize(
+    "named", ["sqlite:/var/journal", "sqlite:///var/journal", "mysql://a/b", "postgresql:/a", "file:///a", "memory:"]
+)
+def test_journal_that_is_named_by_another_url_is_refused(named: str, tmp_path: Path) -> None:
+    command = [*START, "--head", "--executor", "local", "--port", "0", "--journal", named]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False)
+    assert (done.returncode, os.listdir(tmp_path)) == (2, [])
+    scheme = named.partition(":")[0]
+    assert f"a URL postgresql://..., or `memory`, and nothing that begins with '{scheme}:'; " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["start", "--head", "--executor", "local", "--port", "0", "--journal"], ["journal", "check"]]
+)
+def test_journal_in_postgresql_without_its_driver_names_the_packages(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('no libpq')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [LATTICE, *command, "postgresql://user@127.0.0.1:1/x"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        'Error: a journal in PostgreSQL needs more packages: pip install "lattice-control-plane[postgres]" (no libpq)'
+    )

@@ -1,7 +1,9 @@
 """`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
 import itertools
+import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from lattice_client import entrypoint, task
 from lattice_worker import context
 from lattice_worker.convert import binding_tree, spawned_from_frame
 from lattice_worker.runner.binding import bind_all
+from lattice_worker.runner.called import Call
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.values import PayloadError
@@ -208,21 +211,21 @@ def test_a_text_with_the_repr_of_another_attempts_output_is_a_text(sent: Sent) -
     assert sent.received({})["v"] == "SpawnedOutput(task_id='elsewhere', output='result')"
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda x: x.title,
-        lambda x: "a" + x,
-        lambda x: x + 1,
-        lambda x: 1 - x,
-        lambda x: x < 1,
-        lambda x: x(),
-        int,
-        list,
-        lambda x: -x,
-        range,
-    ],
-)
+READS: list[Callable[[Any], Any]] = [
+    lambda x: x.title,
+    lambda x: "a" + x,
+    lambda x: x + 1,
+    lambda x: 1 - x,
+    lambda x: x < 1,
+    lambda x: x(),
+    int,
+    list,
+    lambda x: -x,
+    range,
+]
+
+
+@pytest.mark.parametrize("read", READS)
 def test_a_spawned_output_raises_with_advice_when_it_is_read(sent: Sent, read: Callable[[Any], Any]) -> None:
     made = context.spawn(give, {"v": 1}).output
     with pytest.raises(PayloadError, match="has no value yet: give it to a task as an input"):
@@ -230,6 +233,39 @@ def test_a_spawned_output_raises_with_advice_when_it_is_read(sent: Sent, read: C
     assert not hasattr(made, "title")
     with pytest.raises(AttributeError, match="has no attribute '_repr_html_'"):
         getattr(made, "_repr_html_")  # noqa: B009
+
+
+def called() -> Call:
+    output = running.get()
+    assert output is not None
+    return Call(output.questions, "parent/give", ("result",))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *READS,
+        lambda x: x == 1,
+        lambda x: x in [1],
+        lambda x: x["key"],
+        lambda x: pickle.dumps([x]),
+        lambda x: context.spawn(give, {"v": [x]}),
+    ],
+)
+def test_a_call_raises_with_advice_when_it_is_used_as_its_value(sent: Sent, read: Callable[[Any], Any]) -> None:
+    made = called()
+    advice = (
+        "'parent/give'\\) is a call and not its value: `await` it in a coroutine, or use its result\\(\\) in a function"
+    )
+    with pytest.raises(PayloadError, match=advice):
+        read(made)
+
+
+def test_calls_can_be_in_sets_and_lists(sent: Sent) -> None:
+    first, second = (called() for _ in range(2))
+    assert len({first, second, first}) == 2
+    assert [first, second].index(second) == 1
+    assert weakref.ref(first)() is first
 
 
 # Refused arguments.

@@ -52,8 +52,10 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
             return [Shortage(name, "it runs its own entry points only")]
         return [Shortage(name, f"it has no entry point {shape.entrypoint!r}")]
     for key, value in shape.node_selector:
-        if node.spec.label(key) != value:
-            has = node.spec.label(key) or ""
+        has = node.spec.label(key)
+        if has is None:
+            return [Shortage(name, f"it has no label {key}, and {value!r} is wanted")]
+        if has != value:
             return [Shortage(name, f"its label {key} is {has!r}, not {value!r}")]
     if shape.nodes is not None and name not in shape.nodes:
         return [Shortage(name, "it reaches no instance of a service that the task needs")]

@@ -34,12 +34,13 @@ def test_explanation_names_resources_when_no_node_has_enough_free() -> None:
 
 def test_nodes_are_unsuited_or_take_nothing() -> None:
     away = node("away", labels={"zone": "a"})
-    scene = Scene(node("other", labels={"zone": "b"}), away, node("leaving", labels={"zone": "a"}))
+    scene = Scene(node("other", labels={"zone": "b"}), node("bare"), away, node("leaving", labels={"zone": "a"}))
     scene.tell(ready("x", node_selector=(("zone", "a"),)), ready("y", node_selector=(("zone", "a"),)))
     scene.tell(WorkerDetached(scene.machine.nodes["away"].session_id), DrainRequested("leaving"))
     scene.tell(ready("z", node_selector=(("zone", "a"),)))
     assert [message for _, message in told(scene, "z")] == [
         "node 'other': its label zone is 'b', not 'a'",
+        "node 'bare': it has no label zone, and 'a' is wanted",
         "node 'away': its worker is not connected",
         "node 'leaving': it is being drained",
     ]
