@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def _run(name: str, python: Path, workloads: Sequence[str]) -> str:
         "repeats": {workload: system.repeats[workload] for workload in workloads},
     }
     command = [str(python), str(SIDES / f"{name}_side.py"), json.dumps(order)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=SIDE_S)
+    # Some systems leave files behind. The path is short, because sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="lp-") as folder:
+        variables = {**environment(), "TMPDIR": folder}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=SIDE_S)
     if done.returncode != 0:
         lines = "\n".join(done.stderr.splitlines()[-LAST_LINES:])
         raise SideError(f"{system.title} failed with status {done.returncode}:\n{lines}")
