@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ WORKLOADS = {
 }
 SIDES = ("lattice", "ray tasks", "ray actors")
 Samples = dict[str, dict[str, list[float]]]
+# Of the lines of the page.
+WIDTH = 120
 INTRODUCTION = """# Performance
 
 `make bench` makes this page: Lattice on Ray workers and raw Ray run the same functions on the same machine, through
@@ -160,10 +163,10 @@ def _langgraph(samples: dict[str, list[float]]) -> list[str]:
     plain, lattice = (statistics.median(samples[side]) for side in ("plain", "lattice"))
     row = ["W7", f"{plain:.3g}", f"{lattice:.3g}", f"**{plain / lattice:.2f}**", f"≥ {LANGGRAPH_GOAL}"]
     text = (
-        "Three nodes compute in Python side by side. Plain LangGraph runs them in threads, of which one computes at a\n"
+        "Three nodes compute in Python side by side. Plain LangGraph runs them in threads, of which one computes at a "
         "time. The same graph, compiled by Lattice, runs them in processes; two processors can make it twice as fast."
     )
-    return [text, "", *_table(["", "plain LangGraph, s", "Lattice, s", "ratio", "aim"], row)]
+    return [textwrap.fill(text, WIDTH), "", *_table(["", "plain LangGraph, s", "Lattice, s", "ratio", "aim"], row)]
 
 
 def _readers(samples: dict[str, list[float]]) -> list[str]:
@@ -177,10 +180,10 @@ def _readers(samples: dict[str, list[float]]) -> list[str]:
         ["from the first call of all readers to the first event of the last", f"{1e3 * found['opened_s']:.0f} ms", ""],
     ]
     text = (
-        f"{found['readers']:,.0f} readers follow an agent of {found['tasks']:.0f} tasks, which sleep. They are\n"
-        "streams in one process on the same machine. Runs with readers and runs without take turns."
+        f"{found['readers']:,.0f} readers follow an agent of {found['tasks']:.0f} tasks, which sleep. They are streams "
+        "in one process on the same machine. Runs with readers and runs without take turns."
     )
-    return [text, "", *_table(["", "", "aim"], *rows)]
+    return [textwrap.fill(text, WIDTH), "", *_table(["", "", "aim"], *rows)]
 
 
 def _idle(idle: dict[str, float]) -> list[str]:
