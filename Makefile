@@ -142,3 +142,9 @@ demo: $(VENV)/.stamp
 .PHONY: bench
 bench: $(VENV)/.stamp
 	$(VENV)/bin/python -m benchmarks --page docs/performance.md
+
+# Installs Ray, Dask, Prefect and LangGraph, each in an environment of its own, measures for some minutes on a machine
+# that does nothing else, and writes docs/peers.md.
+.PHONY: bench-peers
+bench-peers: $(VENV)/.stamp
+	$(VENV)/bin/python -m benchmarks.peers --page docs/peers.md

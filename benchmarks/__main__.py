@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from benchmarks import lattice_side, ray_side, variants
+from benchmarks import idle, langgraph_nodes, lattice_side, ray_side, readers, variants
 from benchmarks.report import Measurements, Samples, write
 from benchmarks.serving import processor_s, served
 from lattice_client import LatticeClient
@@ -53,6 +53,10 @@ def main() -> None:
             count_processor(client, pid, found)
             found.variants = variants.measure(client, flags.cpus, flags.rounds)
             scale(client, pid, found)
+    if not flags.only:  # On servers of their own: Ray would use processors too.
+        found.langgraph = langgraph_nodes.measure(flags.rounds)
+        found.readers = readers.measure_alone(flags.cpus, flags.rounds).samples()
+        found.idle = idle.measure()
     write(flags.page, found)
 
 

@@ -7,20 +7,18 @@ The nodes take two thirds of a processor each, so that two processors run all th
 
 import argparse
 import operator
-import re
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from langgraph.graph import START, StateGraph
 
+from benchmarks.serving import served
 from lattice_client import LangGraphClient
 
 NODES = ("one", "two", "three")
 CPUS = 2
+ROUNDS = 6_000_000
 
 
 class State(TypedDict):
@@ -59,31 +57,30 @@ def seconds(app: Any) -> float:
     return took_s
 
 
+def measure(invocations: int, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Return how long invocations took, in seconds, by side: `plain` and `lattice`."""
+    made = graph(rounds)
+    with (
+        served("--executor", "local", "--num-cpus", str(CPUS)) as (address, _),
+        LangGraphClient(address) as client,
+    ):
+        apps = {"plain": made.compile(), "lattice": client.compile(made, default={"cpu": CPUS / len(NODES)})}
+        samples: dict[str, list[float]] = {name: [] for name in apps}
+        for number in range(invocations + 1):
+            for name, app in apps.items():
+                took_s = seconds(app)
+                if number:
+                    samples[name].append(took_s)
+    return samples
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.langgraph_nodes")
     parser.add_argument("--invocations", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=6_000_000, help="how long each node computes")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how long each node computes")
     flags = parser.parse_args()
-    lattice = str(Path(sys.executable).parent / "lattice")
-    command = [lattice, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", str(CPUS)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        address = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
-        assert address is not None
-        made = graph(flags.rounds)
-        with LangGraphClient(address.group()) as client:
-            apps = {"plain": made.compile(), "lattice": client.compile(made, default={"cpu": CPUS / len(NODES)})}
-            samples: dict[str, list[float]] = {name: [] for name in apps}
-            for number in range(flags.invocations + 1):
-                for name, app in apps.items():
-                    took_s = seconds(app)
-                    if number:
-                        samples[name].append(took_s)
-    finally:
-        server.terminate()
-        server.wait(30)
+    samples = measure(flags.invocations, flags.rounds)
     medians = {name: statistics.median(taken) for name, taken in samples.items()}
     for name, median_s in medians.items():
         print(f"{name}: {median_s:.3f} s (from {min(samples[name]):.3f} to {max(samples[name]):.3f})")

@@ -2,9 +2,12 @@
 
 import json
 import statistics
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+# How many times faster nodes of LangGraph are, how soon readers are told, how much they slow a run, and the idle cost.
+LANGGRAPH_GOAL, TOLD_GOAL_S, SLOWED_GOAL, IDLE_GOAL = 1.8, 0.25, 0.2, 0.005
 GOALS = {"W1": 1.0, "W2": 0.25, "W3": 0.25, "W4": 1.0, "W5": 0.7, "W6": 0.3}
 # What each workload is, the factor from its samples to the unit in which it is shown, and that unit.
 WORKLOADS = {
@@ -18,6 +21,8 @@ WORKLOADS = {
 }
 SIDES = ("lattice", "ray tasks", "ray actors")
 Samples = dict[str, dict[str, list[float]]]
+# Of the lines of the page.
+WIDTH = 120
 INTRODUCTION = """# Performance
 
 `make bench` makes this page: Lattice on Ray workers and raw Ray run the same functions on the same machine, through
@@ -55,6 +60,9 @@ class Measurements:
         processor_s: by part, for 10,000 tasks of W1 and of W3.
         wall_s: how long these took.
         variants: see `benchmarks.variants`.
+        langgraph: see `benchmarks.langgraph_nodes`.
+        readers: see `benchmarks.readers`; the samples by what they are of.
+        idle: see `benchmarks.idle`.
     """
 
     machine: list[str]
@@ -63,6 +71,9 @@ class Measurements:
     processor_s: dict[str, dict[str, float]] = field(default_factory=dict)
     wall_s: dict[str, float] = field(default_factory=dict)
     variants: dict[str, dict[str, float]] = field(default_factory=dict)
+    langgraph: dict[str, list[float]] = field(default_factory=dict)
+    readers: dict[str, list[float]] = field(default_factory=dict)
+    idle: dict[str, float] = field(default_factory=dict)
 
 
 def write(page: Path, found: Measurements) -> None:
@@ -88,6 +99,12 @@ def text_of(found: Measurements, name: str) -> str:
         parts += ["", "## Processor time", "", *_processor(found)]
     if found.variants:
         parts += ["", "## Other functions, inputs and connections", "", *_variants(found.variants)]
+    if found.langgraph:
+        parts += ["", "## LangGraph nodes that compute", "", *_langgraph(found.langgraph)]
+    if found.readers:
+        parts += ["", "## Readers of one run", "", *_readers(found.readers)]
+    if found.idle:
+        parts += ["", "## Without work", "", *_idle(found.idle)]
     return "\n".join([*parts, CAVEATS])
 
 
@@ -140,6 +157,39 @@ def _variants(variants: dict[str, dict[str, float]]) -> list[str]:
         rows.append([name, *shown])
     text = "Milliseconds, and the ratio to the plain one. W3 has no first task here."
     return [text, "", *_table(["", "W1", "W3"], *rows)]
+
+
+def _langgraph(samples: dict[str, list[float]]) -> list[str]:
+    plain, lattice = (statistics.median(samples[side]) for side in ("plain", "lattice"))
+    row = ["W7", f"{plain:.3g}", f"{lattice:.3g}", f"**{plain / lattice:.2f}**", f"≥ {LANGGRAPH_GOAL}"]
+    text = (
+        "Three nodes compute in Python side by side. Plain LangGraph runs them in threads, of which one computes at a "
+        "time. The same graph, compiled by Lattice, runs them in processes; two processors can make it twice as fast."
+    )
+    return [textwrap.fill(text, WIDTH), "", *_table(["", "plain LangGraph, s", "Lattice, s", "ratio", "aim"], row)]
+
+
+def _readers(samples: dict[str, list[float]]) -> list[str]:
+    found = {name: statistics.median(values) for name, values in samples.items()}
+    slowed = found["with_s"] / found["without_s"] - 1
+    rows = [
+        ["the run, without readers", f"{found['without_s']:.3g} s", ""],
+        ["the run, with readers", f"{found['with_s']:.3g} s", ""],
+        ["slower by", f"**{100 * slowed:.0f} %**", f"≤ {100 * SLOWED_GOAL:.0f} %"],
+        ["from an event to the last reader", f"**{1e3 * found['told_s']:.0f} ms**", f"< {1e3 * TOLD_GOAL_S:.0f} ms"],
+        ["from the first call of all readers to the first event of the last", f"{1e3 * found['opened_s']:.0f} ms", ""],
+    ]
+    text = (
+        f"{found['readers']:,.0f} readers follow an agent of {found['tasks']:.0f} tasks, which sleep. They are streams "
+        "in one process on the same machine. Runs with readers and runs without take turns."
+    )
+    return [textwrap.fill(text, WIDTH), "", *_table(["", "", "aim"], *rows)]
+
+
+def _idle(idle: dict[str, float]) -> list[str]:
+    rows = [[part, f"{100 * share:.2f}", f"< {100 * IDLE_GOAL:.1f}"] for part, share in idle.items()]
+    text = "Processor time of a server and of an agent that have no tasks, with one client connected."
+    return [text, "", *_table(["process, executor", "% of a processor", "aim"], *rows)]
 
 
 def _plot(ratios: dict[str, float]) -> str:

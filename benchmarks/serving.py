@@ -31,14 +31,14 @@ def served(*flags: str, env: Mapping[str, str] | None = None) -> Iterator[tuple[
 
 def processor_s(client: LatticeClient, server: int) -> dict[str, float]:
     """Return the processor time that each part has used, in seconds: server, agents, runners and this process."""
-    found = {"server": _time_of(server), "agent": 0.0, "runners": 0.0, "client": _time_of(os.getpid())}
+    found = {"server": time_of(server), "agent": 0.0, "runners": 0.0, "client": time_of(os.getpid())}
     for node in client.nodes():
-        found["agent"] += _time_of(node.worker_pid)
-        found["runners"] += sum(_time_of(child.pid) for child in psutil.Process(node.worker_pid).children(True))
+        found["agent"] += time_of(node.worker_pid)
+        found["runners"] += sum(time_of(child.pid) for child in psutil.Process(node.worker_pid).children(True))
     return found
 
 
-def _time_of(pid: int) -> float:
-    """Return the processor time of the threads of a process; that of psutil is exact to 10 ms only."""
+def time_of(pid: int) -> float:
+    """Return the processor time of the threads of a process in seconds; that of psutil is exact to 10 ms only."""
     files = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(file.read_text().split()[0]) for file in files) / 1e9

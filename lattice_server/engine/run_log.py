@@ -23,6 +23,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Failure
+from lattice_server.engine.audience import Audience
 
 ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 BATCH = 512
@@ -46,7 +47,7 @@ class RunLog:
         self._outputs: deque[int] = deque()  # The positions of events with text.
         self.kept_bytes = 0
         self.is_complete = False
-        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._audience = Audience()
         self._ends: dict[str, asyncio.Event] = {}
         self._complete: dict[Callable[[], object], None] = {}
 
@@ -66,10 +67,7 @@ class RunLog:
                 call()
         if self._ends and isinstance(fact, ENDS) and (end := self._ends.pop(fact.task_id, None)) is not None:
             end.set()
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        self._audience.tell()
 
     def _cut(self, position: int) -> None:
         event = self.events[position]
@@ -102,20 +100,12 @@ class RunLog:
             after += len(batch)
             if batch:
                 yield batch
-            elif self.is_complete:
+            if len(batch) == BATCH:
+                continue  # The past is read at the pace of the reader.
+            is_behind = after < len(self.events)
+            if self.is_complete and not is_behind:
                 return
-            else:
-                await self.changed()
-
-    async def changed(self) -> None:
-        """Wait for the next event."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = None
-        try:
-            await future
-        finally:
-            # Any number of readers may come and leave before the next event.
-            self._waiting.pop(future, None)
+            await self._audience.news(is_behind=is_behind)
 
     async def task_ended(self, task_id: str) -> None:
         """Wait for the end of a task that has not ended."""

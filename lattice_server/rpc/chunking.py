@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-Item = TypeVar("Item", bound=Message)
+Item = TypeVar("Item", bound=Message | bytes)
 # gRPC refuses messages over 4 MiB unless it is told otherwise.
 PART_BYTES = 2 * 1024 * 1024
 # The most bytes that an envelope adds to its items.
@@ -19,7 +19,7 @@ def in_parts(items: Iterable[Item]) -> Iterator[list[Item]]:
     part: list[Item] = []
     size = 0
     for item in items:
-        own = item.ByteSize()
+        own = len(item) if isinstance(item, bytes) else item.ByteSize()
         if part and size + own > PART_BYTES:
             yield part
             part, size = [], 0

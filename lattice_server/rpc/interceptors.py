@@ -14,7 +14,7 @@ from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.durable_answers import DurableAnswers
-from lattice_server.rpc.handlers import Context, OnError, ignore
+from lattice_server.rpc.handlers import Context, OnError, ignore, passing_bytes
 from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, unreadable
 from lattice_server.rpc.statuses import internal_error, status_of
 
@@ -63,7 +63,10 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         reader = self._readers.get(method)
         if reader is None:
             reader = self._readers[method] = RequestDeserializer(method, self._limits, self._slices)
-        return wrapped._replace(request_deserializer=reader.deserialize)
+        changes: dict[str, Any] = {"request_deserializer": reader.deserialize}
+        if wrapped.response_serializer is not None:
+            changes["response_serializer"] = passing_bytes(wrapped.response_serializer)
+        return wrapped._replace(**changes)
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:
         """Read the request and make the call."""

@@ -1,7 +1,7 @@
 """Serves `ResultsService`: events and results."""
 
 from collections.abc import AsyncIterator
-from functools import partial
+from typing import Any
 
 from lattice.v1 import results_pb2, results_pb2_grpc
 
@@ -13,10 +13,10 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import in_parts
-from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.runs import result_to_proto
 from lattice_server.rpc.convert.streams import batch_to_proto
 from lattice_server.rpc.convert.times import disconnect_grace_from_proto, wait_from_proto
+from lattice_server.rpc.encoded_events import ReadRuns, response
 from lattice_server.rpc.handlers import Context
 
 
@@ -26,29 +26,30 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     def __init__(self, orchestrator: Orchestrator, slices: Slices) -> None:
         self._orchestrator = orchestrator
         self._slices = slices
+        self._read_runs = ReadRuns()
 
-    async def WatchRun(
-        self, request: results_pb2.WatchRunRequest, context: Context
-    ) -> AsyncIterator[results_pb2.WatchRunResponse]:
+    async def WatchRun(self, request: results_pb2.WatchRunRequest, context: Context) -> AsyncIterator[Any]:
         """Stream the events of a run, from a number on, to its end."""
         if request.after_sequence < 0:
             raise invalid_field("after_sequence", "must not be negative")
         entry = self._orchestrator.run(request.run_id, callers.reach())
         wanted = frozenset(request.task_ids)
         newest = len(entry.log.events)
-        show = partial(event_to_proto, entry.run.tasks)
-        async for batch in entry.log.follow(request.after_sequence):
-            last = batch[-1].sequence
-            complete = entry.log.is_complete and last == len(entry.log.events)
-            shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
-            # The last part closes the batch; one without events moves the watermark.
-            *parts, closing = [*in_parts(map(show, shown))] or [[]]
-            for events in parts:
-                yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
-            # A reader learns that it has all events there were when it called, also when none of them was wanted.
-            has_caught_up = batch[0].sequence <= newest <= last
-            if shown or complete or has_caught_up:
-                yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
+        with self._read_runs.reading(entry) as encoded:
+            async for batch in entry.log.follow(request.after_sequence):
+                last = batch[-1].sequence
+                complete = entry.log.is_complete and last == len(entry.log.events)
+                shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
+                # The last part closes the batch; one without events moves the watermark.
+                *parts, closing = [*in_parts(map(encoded.encode, shown))] or [[]]
+                sent = 0
+                for events in parts:
+                    sent += len(events)
+                    yield response(events, shown[sent - 1].sequence)
+                # A reader learns that it has all events there were when it called, also when none of them was wanted.
+                has_caught_up = batch[0].sequence <= newest <= last
+                if shown or complete or has_caught_up:
+                    yield response(closing, last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
         if not wanted:

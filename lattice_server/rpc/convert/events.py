@@ -28,19 +28,26 @@ from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.rpc.convert.network import access_to_proto
 from lattice_server.rpc.convert.payloads import failure_to_proto, fill_payload
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, queued_s
-from lattice_server.rpc.convert.times import fill_duration, timestamp
+from lattice_server.rpc.convert.times import fill_duration, fill_timestamp
 
 Tasks = Mapping[str, TaskRecord]
 
 
-def event_to_proto(tasks: Tasks, event: RunEvent) -> run_pb2.RunEvent:
-    """Return the message of one event of the run that has these tasks."""
-    message = run_pb2.RunEvent(sequence=event.sequence, time=timestamp(event.time_s))
+def fill_event(message: run_pb2.RunEvent, tasks: Tasks, event: RunEvent) -> None:
+    """Fill the message of one event of the run that has these tasks."""
+    message.sequence = event.sequence
+    fill_timestamp(message.time, event.time_s)
     field, fill = EVENTS[type(event.fact)]
     # Written in place, without a message of its own: a large run has many events.
     body = getattr(message, field)
     body.SetInParent()
     fill(body, event.fact, event, tasks)
+
+
+def event_to_proto(tasks: Tasks, event: RunEvent) -> run_pb2.RunEvent:
+    """Return the message of one event of the run that has these tasks."""
+    message = run_pb2.RunEvent()
+    fill_event(message, tasks, event)
     return message
 
 

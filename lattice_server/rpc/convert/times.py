@@ -25,6 +25,7 @@ def fill_timestamp(message: Timestamp, seconds: float | None) -> None:
     """Write the time `seconds` after the epoch into an empty message; None leaves it unset."""
     if seconds is not None:
         message.seconds, message.nanos = divmod(int(seconds * 1e9), 10**9)
+        message.SetInParent()
 
 
 def duration(seconds: float) -> Duration:

@@ -215,8 +215,9 @@ def test_a_run_fails_when_its_time_is_over() -> None:
         )
         settings: Any = {"parameters": {}, "labels": {}, "priority": 0, "fingerprint": "", "timeout_s": 0.001}
         entry, _ = orchestrator.start_run("r", ONE_TASK, **settings)
-        while entry.run.failure is None:
-            await entry.log.changed()
+        async for _ in entry.log.follow(0):
+            if entry.run.failure is not None:
+                break
         orchestrator.deliver([TaskCancelled("r", "t", 0, STOPPED)])
         assert (entry.run.state.value, entry.run.failure.kind.value) == ("failed", "timeout")
 

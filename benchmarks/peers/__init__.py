@@ -1,0 +1,1 @@
+"""Lattice beside other systems that run Python functions: `python -m benchmarks.peers`."""
