@@ -21,8 +21,8 @@ _running: set[asyncio.Task[Any]] = set()
 def start(work: Coroutine[Any, Any, T], on_failure: OnFailure) -> asyncio.Task[T]:
     """Run a coroutine whose result nothing awaits, and return its task.
 
-    An exception that ends it is logged, and `on_failure` is called with it. A cancellation counts as one unless it was
-    requested by `cancel` of the task: it is that of something that the coroutine waited for.
+    An exception that ends it is logged, and `on_failure` is called with it. A cancellation is one too unless `cancel`
+    of the task requested it: a future that the coroutine awaited was cancelled.
     """
     task = asyncio.get_running_loop().create_task(work)
     _running.add(task)
@@ -45,7 +45,9 @@ def only_log(error: BaseException) -> None:
 def _end(on_failure: OnFailure, task: asyncio.Task[Any]) -> None:
     _running.discard(task)
     if task.cancelled():
-        error: BaseException | None = None if task.cancelling() else asyncio.CancelledError("what it waited for ended")
+        error: BaseException | None = (
+            None if task.cancelling() else asyncio.CancelledError("a future that it awaited was cancelled")
+        )
     else:
         error = task.exception()
     if error is not None:

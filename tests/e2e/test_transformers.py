@@ -35,6 +35,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"  # Else torch leaves a folder in that of all t
 IDLE = service_pb2.SERVICE_STATE_IDLE
 # A pool shrinks 60 s after its instances are no longer needed.
 SHRINK_S = 90.0
+START_S = 150.0  # An engine imports torch first, which takes a minute on a busy machine.
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -86,7 +87,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def start(client: LatticeClient, folder: str, **settings: Any) -> service_pb2.Service:
-    chosen: dict[str, Any] = {"engine": "transformers", "cpu": 0.5, "timeout": WAIT_S}
+    chosen: dict[str, Any] = {"engine": "transformers", "cpu": 0.5, "timeout": START_S}
     return client.llm.start("tiny", folder, **(chosen | settings))
 
 
