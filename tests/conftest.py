@@ -6,6 +6,7 @@ processes; `lattice stop` of one finds no server of another.
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -69,6 +70,12 @@ def short_path() -> Iterator[Path]:
     """A folder whose path leaves room for that of a socket in it."""
     with tempfile.TemporaryDirectory(prefix="lattice-t-") as folder:
         yield Path(folder)
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C reach the programs that tests start: a shell starts background jobs with the signal ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
