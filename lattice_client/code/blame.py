@@ -82,7 +82,7 @@ def _own_refusal(value: Any) -> Exception | None:
 
 
 def _told(own: Exception, which: str = "") -> str:
-    """Return the error of a class that refuses to be pickled, with what it is about unless it says so itself."""
+    """Return the error of a class that refuses to be pickled; the topic is added unless its text names it."""
     if isinstance(own, LatticeError) or "pickle" in str(own):
         return f": {own}"
     return f"{which} cannot be pickled: {type(own).__name__}: {own}"

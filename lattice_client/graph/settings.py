@@ -114,7 +114,7 @@ class TaskSettings:
         retry_backoff: the wait before the second attempt. It doubles for each further attempt, and varies at random by
             up to a half.
         max_worker_losses: the task fails after so many losses of a worker on which it was alone, 3 by default, whatever
-            its `retries`: it may be what ends the workers.
+            its `retries`: the task may have ended these workers itself.
         timeout: the time limit of an attempt, after which its process is killed.
         total_timeout: the time limit of the task from the time it is ready to start, with queueing and all attempts.
         batch_size: the most tasks in one call. The function gets a list for each argument (a function that takes

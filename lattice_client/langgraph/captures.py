@@ -102,7 +102,7 @@ def _is_of_project(function: FunctionType) -> bool:
 
 
 def _check(function: FunctionType, owner: Any, what: str) -> Iterator[tuple[FunctionType, Any]]:
-    """Yield what a function calls: functions, and methods with their objects. Raises TaskDefinitionError."""
+    """Yield the functions, and the methods with their objects, that a function calls. Raises TaskDefinitionError."""
     changes = _Changes(function, owner)
     for name, line in changes.found():
         place = f"{function.__code__.co_filename}:{line}"

@@ -21,7 +21,7 @@ E = TypeVar("E", bound=BaseException)
 INNER = frozenset({"lattice_client", "contextlib", "grpc"})
 # Modules that have no other frames than those at which a traceback is shortened.
 OUTERMOST = frozenset({__name__, "lattice_client.runs.driver"})
-# What the methods raise on purpose; all frames of other errors stay.
+# The errors that methods raise on purpose; all frames of other errors stay.
 REFUSALS = (errors.LatticeError, TimeoutError)
 
 

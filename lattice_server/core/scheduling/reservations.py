@@ -1,9 +1,9 @@
 """Owns the nodes that are reserved for starved tasks.
 
 Rule: a node is reserved for a group that could not be placed for a second while tasks of the same or a lower priority
-were, or for a minute while any were. It is the one that is expected to have room first, by the usual durations of what
-runs there. Other tasks run on that node only as far as they delay the group no further. The
-reservation holds a permit of the group's concurrency key.
+were, or for a minute while any were. The reserved node is expected to have room first, by the usual durations of its
+tasks. Other tasks run on that node only as far as they delay the group no further. The reservation holds a permit of
+the group's concurrency key.
 """
 
 import heapq
