@@ -1,6 +1,6 @@
 """Measures 1,000 readers of the events of one run: `python -m benchmarks.readers`, on an idle machine.
 
-The run is an agent of some turns, whose tasks sleep. Runs with readers and runs without take turns. The readers are
+The run is an agent of some rounds, whose tasks sleep. Runs with readers and runs without alternate. The readers are
 streams of `WatchRun` in one process, over a few connections, which parses their messages after the run has ended.
 """
 
@@ -26,7 +26,7 @@ from lattice_client import LatticeClient, Run, context, task
 
 READERS = 1_000
 CHANNELS = 4
-TURNS = 5
+ROUNDS = 5
 THINK_S, TOOL_S, TOOLS = 0.05, 0.1, 3
 GO = "go"
 WAIT_S = 120.0
@@ -35,7 +35,7 @@ METHOD = "/lattice.v1.ResultsService/WatchRun"
 
 @dataclass(slots=True)
 class Seen:
-    """What the readers of one run saw.
+    """The events that the readers of one run got.
 
     Attributes:
         opened_s: from the first call of all readers to the first event of the last one.
@@ -66,12 +66,12 @@ class Readings:
         return statistics.median(self.with_s) / statistics.median(self.without_s) - 1
 
     def samples(self) -> dict[str, list[float]]:
-        """Return the samples by what they are of, for the page. Raises RuntimeError when a reader missed an event."""
+        """Return the samples by their names on the page. Raises RuntimeError when a reader missed an event."""
         if not all(seen.is_whole for seen in self.seen):
             raise RuntimeError("a reader did not get each event once and in order")
         return {
             "readers": [self.readers],
-            "tasks": [1 + TURNS * (1 + TOOLS)],
+            "tasks": [1 + ROUNDS * (1 + TOOLS)],
             "opened_s": [seen.opened_s for seen in self.seen],
             "told_s": [seen.told_s for seen in self.seen],
             "with_s": self.with_s,
@@ -108,10 +108,10 @@ def measure_alone(cpus: int, rounds: int, readers: int = READERS) -> Readings:
 
 
 def _waiting(client: LatticeClient) -> Run:
-    """Start a run of an agent, which waits for a signal before its first turn."""
+    """Start a run of an agent, which waits for a signal before its first round."""
     workflow = client.create_workflow()
     last: Any = workflow.add_task(gate).output
-    for _ in range(TURNS):
+    for _ in range(ROUNDS):
         thought = workflow.add_task(work, {"seconds": THINK_S, "after": last}).output
         last = [workflow.add_task(work, {"seconds": TOOL_S, "after": thought}).output for _ in range(TOOLS)]
     run = workflow.run()

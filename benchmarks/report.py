@@ -61,7 +61,7 @@ class Measurements:
         wall_s: how long these took.
         variants: see `benchmarks.variants`.
         langgraph: see `benchmarks.langgraph_nodes`.
-        readers: see `benchmarks.readers`; the samples by what they are of.
+        readers: see `benchmarks.readers`; the samples by their names.
         idle: see `benchmarks.idle`.
     """
 

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 SPARES = 1  # Of each policy.
 SEAL_S = 60.0
-TRIES = 3  # Of a level whose process is lost in its trial, with the one that forks it or alone.
-NETWORK = ("lattice.invalid:443",)  # Of the trial; nothing connects to it.
+TRIES = 3  # A level is tried again when its process, or the zygote, is lost in the self-test.
+NETWORK = ("lattice.invalid:443",)  # For the self-test; no process connects to this name.
 
 
 class SandboxRunners:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: installs the compared systems, measures them in turns, and writes a page."""
+"""`python -m benchmarks.peers`: installs the compared systems, measures them alternately, and writes a page."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from benchmarks.peers.systems import ALL, SYSTEMS
 SIDES = Path(__file__).resolve().parent / "sides"
 SIDE_S = 900
 LAST_LINES = 20
-# Nothing of a comparison runs in this time, so what is used belongs to other programs.
+# The comparison runs nothing in this time: the processor time belongs to other programs.
 BUSY_S = 1.0
 
 
@@ -28,7 +28,7 @@ class SideError(Exception):
 
 
 def measure(names: Sequence[str], rounds: int, workloads: Sequence[str] = ALL) -> Comparison:
-    """Return the measurements of some systems, which take turns within every round. Raises InstallError, SideError."""
+    """Return the measurements of some systems, which alternate within every round. Raises InstallError, SideError."""
     pythons = {name: python_of(name, SYSTEMS[name]) for name in names}
     found = Comparison(_machine())
     for number in range(rounds):

@@ -27,7 +27,7 @@ PROMISES = """
 
 @dataclass
 class Comparison:
-    """What was measured.
+    """The measurements of all systems.
 
     Attributes:
         machine: the machine, a line each.

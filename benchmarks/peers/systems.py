@@ -1,4 +1,4 @@
-"""The systems that are compared: what each of them installs, what it does with a task, and how often it is measured."""
+"""The systems that are compared: their packages, their description, and the number of measurements."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class System:
     Attributes:
         title: its name on the page.
         packages: what its virtual environment has; empty for the environment of this process.
-        text: what it does in these workloads, and what it does not do.
+        text: its description for the page: how it runs a task in these workloads, and the work that it leaves out.
         repeats: how often each workload is measured in a round.
         warm: the workloads that are done once before.
         max_rounds: in how many rounds it is measured at most.

@@ -47,7 +47,7 @@ class Metrics:
 
             resource = otel.resource_of(version, epoch)
             self._export = otel.MetricExport(exporter("metrics", config.metrics), resource, self.read)
-        # Work goes on without metrics.
+        # The server serves runs without metrics too.
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

@@ -1,7 +1,7 @@
 """The pickles of exceptions. Rule: loading one does not call the `__init__` of a class that Python code defines.
 
-Such an `__init__` often takes other arguments than those that the exception keeps, so that a plain pickle could not be
-loaded. The standard library can load the result.
+Such an `__init__` often takes other arguments than the kept `args`, and then a plain pickle cannot be loaded.
+The standard library can load the result.
 """
 
 import copyreg

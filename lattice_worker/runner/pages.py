@@ -17,7 +17,7 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 MIN_HUGE_BYTES = 4 * HUGE_PAGE_BYTES
 MIN_MAPPED_BYTES = 1024 * 1024
 WINDOW_BYTES = 16 * 1024 * 1024  # Other threads of the process wait while so much is copied.
-MADV_COLLAPSE = 25  # Since Linux 6.1; for shared memory whatever the system's setting is, unless that is `deny`.
+MADV_COLLAPSE = 25  # Since Linux 6.1. For shared memory only the system's setting `deny` forbids it.
 MAP_FIXED = 0x10
 PROT_NONE = 0
 FAILED = ctypes.c_void_p(-1).value
@@ -83,7 +83,7 @@ def _copy(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 def _collapsed(descriptor: int, length: int) -> bool:
-    """Have the kernel make huge pages of those that a file has; return whether it did."""
+    """Have the kernel replace the pages of a file by huge ones; return whether it did."""
     # A mapping at an address that is a multiple of their size, in a reserved range.
     reserved = _libc.mmap(None, length + HUGE_PAGE_BYTES, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if reserved == FAILED:

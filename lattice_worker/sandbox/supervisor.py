@@ -31,7 +31,7 @@ class SandboxError(Exception):
 
 
 class ProcessLostError(SandboxError):
-    """The process of a sandbox ended without a word, by itself or by another: it says nothing of what can be set up."""
+    """The process of a sandbox was lost during the set-up, perhaps killed; another try may succeed."""
 
 
 class Supervisor:
