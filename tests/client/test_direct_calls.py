@@ -230,24 +230,42 @@ def test_a_signal_handler_that_raises_ends_the_read_and_the_stream() -> None:
 def test_interrupts_at_any_moment_hang_nothing() -> None:
     main, delays = threading.main_thread().ident, random.Random(7)
     assert main is not None
+    begun: queue.SimpleQueue[None] = queue.SimpleQueue()
+    is_due, raised = False, 0
+
+    def interrupt(after_s: float) -> None:
+        begun.get(timeout=10)
+        time.sleep(after_s)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    def raise_once(number: int, frame: object) -> None:
+        nonlocal is_due, raised
+        # An interrupt that gRPC's locks delay may come when the `try` below is left.
+        if is_due:
+            is_due = False
+            raised += 1
+            raise KeyboardInterrupt
+
     with served(echo) as channel, ThreadPoolExecutor(2) as pool:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(signal.SIGINT, raise_once)
         try:
             for _ in range(200):
                 call = opened(channel)
-                interrupting = pool.submit(_interrupt, main, delays.uniform(0.0001, 0.004))
-                try:
-                    for number in range(100_000):
-                        call.send(Request(number=number))
-                        blocking(call.read())
-                except (KeyboardInterrupt, errors.RequestError):
-                    pass
+                interrupting = pool.submit(interrupt, delays.uniform(0.0001, 0.004))
                 with suppress(KeyboardInterrupt):
-                    interrupting.result(timeout=10)
-                    time.sleep(0.01)  # An interrupt that gRPC's locks delay comes 5 ms later.
+                    is_due = True
+                    begun.put(None)
+                    with suppress(errors.RequestError):
+                        while is_due:
+                            call.send(Request(number=1))
+                            blocking(call.read())
+                    is_due = False
+                interrupting.result(timeout=10)
                 call.abandon()
                 # The interrupt must leave no lock held.
                 pool.submit(channel._unreleased.release).result(timeout=10)
+            assert raised > 100
+            time.sleep(0.1)  # Until those that were delayed have come.
         finally:
             signal.signal(signal.SIGINT, before)
         fresh = opened(channel)
@@ -255,11 +273,6 @@ def test_interrupts_at_any_moment_hang_nothing() -> None:
         answer = blocking(fresh.read())
         assert answer is not None
         assert answer.number == 5
-
-
-def _interrupt(thread: int, after_s: float) -> None:
-    time.sleep(after_s)
-    signal.pthread_kill(thread, signal.SIGINT)
 
 
 def test_calls_that_end_in_every_way_leave_no_memory() -> None:
