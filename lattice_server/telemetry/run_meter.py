@@ -25,9 +25,17 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.meters import Counter, Histogram, Names, Reading
 
+MAX_KEPT = 100
+SESSION_EFFECTS = (WelcomeWorker, ForgetSession, CloseSession)
+
 
 class RunMeter:
-    """An observer of the orchestrator."""
+    """An observer of the orchestrator.
+
+    What common facts add to the numbers is kept, and counted for many facts at once: between two facts other code
+    takes the processor's caches, so that code that runs once takes ten times as long as code that is repeated. What is
+    kept has names and times, and no value of a run.
+    """
 
     def __init__(self) -> None:
         self._workflows, self._tasks = Names(), Names()
@@ -43,41 +51,82 @@ class RunMeter:
         self._calls = Counter(catalogue.TASK_CALLS)
         self._call_duration = Histogram(catalogue.TASK_CALL_DURATION)
         self._sandboxed = Counter(catalogue.SANDBOX_ATTEMPTS)
-        self._by_type: dict[type[Fact], Callable[[RunEntry, Any], None]] = {
-            RunStarted: self._note_run_start,
-            RunFinished: self._note_run_end,
-            TaskStarted: self._note_start,
-            TaskSucceeded: self._note_success,
+        self._kept: list[tuple[Any, ...]] = []  # A method that counts, and its arguments.
+        self._by_type: dict[type[Fact], Callable[[RunEntry, Any], tuple[Any, ...] | None]] = {
+            RunStarted: self._kept_of_run_start,
+            RunFinished: self._kept_of_run_end,
+            TaskStarted: self._kept_of_start,
+            TaskSucceeded: self._kept_of_success,
             TaskRetrying: self._note_retry,
             **dict.fromkeys((TaskFailed, TaskCancelled, TaskSkipped), self._note_unsuccessful),
         }
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
-        """Count a fact of a run."""
+        """Count a fact of a run, or keep what it adds."""
         self._events += 1
-        if (count := self._by_type.get(type(fact))) is not None:
-            count(entry, fact)
+        note = self._by_type.get(type(fact))
+        if note is not None and (kept := note(entry, fact)) is not None:
+            self._kept.append(kept)
+            if len(self._kept) >= MAX_KEPT:
+                self._count_kept()
 
-    def _note_run_start(self, entry: RunEntry, _: RunStarted) -> None:
-        self._started.add(self._workflows.bounded(entry.run.spec.display_name))
+    def _count_kept(self) -> None:
+        for count, *numbers in self._kept:
+            count(*numbers)
+        self._kept.clear()
 
-    def _note_run_end(self, entry: RunEntry, fact: RunFinished) -> None:
-        workflow, outcome = self._workflows.bounded(entry.run.spec.display_name), fact.state.value
+    def _kept_of_run_start(self, entry: RunEntry, _: RunStarted) -> tuple[Any, ...]:
+        return self._count_run_start, entry.run.spec.display_name
+
+    def _count_run_start(self, name: str) -> None:
+        self._started.add(self._workflows.bounded(name))
+
+    def _kept_of_run_end(self, entry: RunEntry, fact: RunFinished) -> tuple[Any, ...]:
+        return self._count_run_end, entry.run.spec.display_name, fact.state.value, time.time() - entry.created_s
+
+    def _count_run_end(self, name: str, outcome: str, duration_s: float) -> None:
+        workflow = self._workflows.bounded(name)
         self._ended.add(workflow, outcome)
-        self._run_duration.record(time.time() - entry.created_s, workflow, outcome)
+        self._run_duration.record(duration_s, workflow, outcome)
 
-    def _note_success(self, entry: RunEntry, fact: TaskSucceeded) -> None:
+    def _kept_of_success(self, entry: RunEntry, fact: TaskSucceeded) -> tuple[Any, ...]:
         record = entry.run.tasks[fact.task_id]
         spec = record.spec
-        task = self._name_of(spec.function)
-        self._task_ends.add(task, "succeeded", "")
-        if record.items is None and not record.is_reused:
-            self._task_duration.record(fact.duration_s, task, "succeeded")
-            self._note_outputs(fact)
-            if spec.isolation is not Isolation.NONE:
-                self._sandboxed.add(spec.isolation.value, "")
         if record.is_called:
             self._note_call(record, "succeeded")
+        if record.items is not None or record.is_reused:
+            return self._count_end, spec.function, "succeeded"
+        sizes = [
+            (content.size_bytes, "artifact") if isinstance(content, Artifact) else (len(content), "inline")
+            for content in [payload.content for payload in fact.outputs.values()]
+        ]
+        return self._count_success, spec.function, spec.isolation, fact.duration_s, sizes
+
+    def _count_success(
+        self, function: Function, isolation: Isolation, duration_s: float, sizes: list[tuple[int, str]]
+    ) -> None:
+        self._count_end(function, "succeeded")
+        self._task_duration.record(duration_s, self._name_of(function), "succeeded")
+        for size_bytes, kind in sizes:
+            self._output_size.record(size_bytes, kind)
+        if isolation is not Isolation.NONE:
+            self._sandboxed.add(isolation.value, "")
+
+    def _count_end(self, function: Function, outcome: str, kind: str = "") -> None:
+        self._task_ends.add(self._name_of(function), outcome, kind)
+
+    def _kept_of_start(self, entry: RunEntry, fact: TaskStarted) -> tuple[Any, ...]:
+        isolation = entry.run.tasks[fact.task_id].spec.isolation
+        return self._count_start, isolation, fact.queued_at, fact.sent_at, fact.at
+
+    def _count_start(
+        self, isolation: Isolation, queued_at: float | None, sent_at: float | None, at: float | None
+    ) -> None:
+        self._attempts.add(isolation.value)
+        if sent_at is not None and queued_at is not None:
+            self._wait.record(sent_at - queued_at)
+            if at is not None:
+                self._dispatch.record(at - sent_at)
 
     def _note_retry(self, entry: RunEntry, fact: TaskRetrying) -> None:
         self._retries.add(fact.failure.kind.value)
@@ -85,19 +134,19 @@ class RunMeter:
 
     def perform(self, effect: WorkerEffect) -> WorkerEffect:
         """Count an effect that goes to a worker."""
-        match effect:
-            case WelcomeWorker():
-                self._sessions.add("resumed" if effect.resumed else "joined")
-            case ForgetSession():
-                self._sessions.add("lost")
-            case CloseSession():
-                self._sessions.add(effect.reason.lower())
-            case _:
-                pass
+        if isinstance(effect, SESSION_EFFECTS):
+            match effect:
+                case WelcomeWorker():
+                    self._sessions.add("resumed" if effect.resumed else "joined")
+                case ForgetSession():
+                    self._sessions.add("lost")
+                case CloseSession():
+                    self._sessions.add(effect.reason.lower())
         return effect
 
     def read(self) -> list[Reading]:
         """Return all numbers."""
+        self._count_kept()
         counted = (
             self._started,
             self._ended,
@@ -116,27 +165,12 @@ class RunMeter:
         )
         return [Reading(catalogue.RUN_EVENTS, {(): self._events}), *(meter.read() for meter in counted)]
 
-    def _note_start(self, entry: RunEntry, fact: TaskStarted) -> None:
-        self._attempts.add(entry.run.tasks[fact.task_id].spec.isolation.value)
-        if fact.sent_at is not None and fact.queued_at is not None:
-            self._wait.record(fact.sent_at - fact.queued_at)
-            if fact.at is not None:
-                self._dispatch.record(fact.at - fact.sent_at)
-
-    def _note_outputs(self, fact: TaskSucceeded) -> None:
-        for payload in fact.outputs.values():
-            content = payload.content
-            if isinstance(content, Artifact):
-                self._output_size.record(content.size_bytes, "artifact")
-            else:
-                self._output_size.record(len(content), "inline")
-
     def _note_unsuccessful(self, entry: RunEntry, fact: TaskFailed | TaskCancelled | TaskSkipped) -> None:
         record = entry.run.tasks[fact.task_id]
         outcome = {TaskFailed: "failed", TaskCancelled: "cancelled", TaskSkipped: "skipped"}[type(fact)]
         failure: Failure | None = fact.failure
         kind = "" if failure is None else failure.kind.value
-        self._task_ends.add(self._name_of(record.spec.function), outcome, kind)
+        self._count_end(record.spec.function, outcome, kind)
         if isinstance(fact, TaskFailed):
             self._note_failed_attempt(record, fact.failure)
         if record.is_called:
