@@ -21,7 +21,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 class SpareKeeper:
-    """The spares of a store that is open, at most `limit_bytes` of them and a quarter of what the store can hold."""
+    """The spare files of an open store: at most `limit_bytes`, and at most a quarter of the store's size."""
 
     def __init__(self, store_directory: str, limit_bytes: int = LIMIT_BYTES, idle_s: float = IDLE_S) -> None:
         self._folder = Path(store_directory) / SPARES

@@ -32,9 +32,8 @@ SESSION_EFFECTS = (WelcomeWorker, ForgetSession, CloseSession)
 class RunMeter:
     """An observer of the orchestrator.
 
-    What common facts add to the numbers is kept, and counted for many facts at once: between two facts other code
-    takes the processor's caches, so that code that runs once takes ten times as long as code that is repeated. What is
-    kept has names and times, and no value of a run.
+    The names and times of common facts are kept, and counted for many facts at once. Between two facts other code fills
+    the processor's caches, and code that is not in them takes ten times as long. No value of a run is kept.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class RunMeter:
         }
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
-        """Count a fact of a run, or keep what it adds."""
+        """Count a fact of a run now, or keep its names and times to count them later."""
         self._events += 1
         note = self._by_type.get(type(fact))
         if note is not None and (kept := note(entry, fact)) is not None:

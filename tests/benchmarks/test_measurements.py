@@ -1,4 +1,4 @@
-"""The measurements on small sizes: they end, and count what they say. No test asserts how fast something is."""
+"""The measurements on small sizes: they end, and their counts are right. No test asserts a duration."""
 
 import pytest
 

@@ -66,7 +66,7 @@ def test_page_shows_medians_ratios_and_aims_of_all_that_was_measured() -> None:
     assert "1,000 readers follow an agent of 21 tasks" in page
 
 
-def test_page_has_no_section_for_what_was_not_measured() -> None:
+def test_page_leaves_out_the_sections_of_workloads_without_samples() -> None:
     headings = [line for line in text_of(Measurements([], {}), "page").splitlines() if line.startswith("#")]
     assert headings == ["# Performance", "## What the figures do not say"]
 

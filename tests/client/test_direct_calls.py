@@ -265,7 +265,7 @@ def test_interrupts_at_any_moment_hang_nothing() -> None:
                 # The interrupt must leave no lock held.
                 pool.submit(channel._unreleased.release).result(timeout=10)
             assert raised > 100
-            time.sleep(0.1)  # Until those that were delayed have come.
+            time.sleep(0.1)  # Until the delayed interrupts have come.
         finally:
             signal.signal(signal.SIGINT, before)
         fresh = opened(channel)

@@ -211,7 +211,7 @@ with LatticeClient(sys.argv[1]) as client:
 
 
 def interrupted(follow: str, address: str, run_id: str) -> str:
-    """Return what a program prints to stderr when Ctrl-C ends it while it follows a run."""
+    """Return the stderr of a program that Ctrl-C ends while it follows a run."""
     command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run_id]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

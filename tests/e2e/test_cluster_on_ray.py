@@ -138,7 +138,7 @@ def test_attempts_run_again_when_a_part_of_their_machine_dies(what: str, two: Cl
         two.until(lambda: not two.machines[0].processes())
 
 
-# Between the machine that returns at once and the one that is lost.
+# Other tests have a machine that returns at once, and a machine that is lost.
 @pytest.mark.exhaustive
 def test_a_machine_keeps_its_worker_when_it_reconnects_before_ray_misses_it(two: Cluster, room: Room) -> None:
     run = four_in(two, room)

@@ -136,7 +136,7 @@ def test_coroutines_and_batches_run_in_a_sandbox(sandboxed: LatticeClient, level
     assert sorted(found["result"] for found in results.values()) == [2, 2, 4]
 
 
-def test_error_of_the_network_says_what_the_sandbox_reaches(sandboxed: LatticeClient) -> None:
+def test_network_error_names_the_addresses_a_sandbox_may_reach(sandboxed: LatticeClient) -> None:
     def connect() -> None:
         socket.create_connection(("127.0.0.1", 1))
 

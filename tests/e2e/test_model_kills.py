@@ -1,4 +1,4 @@
-"""Engines, agents and heads are killed at random in the middle of answers; a checker outside looks at what is left."""
+"""Engines, agents and heads are killed at random in the middle of answers; a checker looks for what they leave."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class CutError(Exception):
 
 @task(cpu=0.1, retries=20, retry_backoff=0.1, needs_llm="tiny")
 def listen(name: str) -> str:
-    """Return an answer that was streamed. Raises whatever a client would raise for one that is not whole."""
+    """Return a streamed answer. Raises the client's error for a partial answer."""
     found = context.llm("tiny")
     text = " ".join(f"{name}-{number}" for number in range(WORDS))
     body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "stream": True}
@@ -175,9 +175,7 @@ def is_open(port: int) -> bool:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.exhaustive)])
-def test_nothing_is_left_and_requests_are_answered_when_engines_agents_and_heads_are_killed(
-    head: Head, kills: int
-) -> None:
+def test_requests_are_answered_and_nothing_is_left_after_kills(head: Head, kills: int) -> None:
     dice = random.Random(int(os.environ.get("LATTICE_SEED", "7")))
     start_model(head.address)
     load = Load(head.address, clients=4)

@@ -1,4 +1,4 @@
-"""Checks on a real GPU what other tests check by counting: `python -m tests.gpu.check`, for at most five minutes.
+"""Checks the placement and the memory of tasks on a real GPU: `python -m tests.gpu.check`, for at most five minutes.
 
 It starts servers of its own that offer one GPU of this machine, with the local executor, and with Ray where Ray is
 installed. It needs the driver of NVIDIA and a torch that was built for CUDA, in the environment of this Python. Nothing
@@ -48,7 +48,7 @@ class Gpu:
 
 
 def seen() -> dict[str, Any]:
-    """Return what the process of a task knows about its GPUs."""
+    """Return the GPUs that the process of a task sees, and its id."""
     return {"visible": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid()}
 
 
@@ -201,7 +201,7 @@ def check_an_ended_process_frees_its_memory(client: LatticeClient, gpu: Gpu) -> 
         )
         end(run, chunk["pid"])
         deadline = time.monotonic() + FREED_S
-        # The driver tells no one that memory was freed.
+        # The driver has no event for freed memory.
         while (left := used_bytes(gpu.index) - before) > HELD_BYTES // 4:
             late = f"{left // MIB} MiB are still used {FREED_S:.0f} s after `{end.__name__}`"
             expect(time.monotonic() < deadline, late)
@@ -211,7 +211,7 @@ def check_an_ended_process_frees_its_memory(client: LatticeClient, gpu: Gpu) -> 
     return f"{HELD_BYTES // MIB} MiB were free again after a kill and after a cancellation"
 
 
-# Those that need torch come last.
+# The checks that need torch come last.
 CHECKS: tuple[Callable[[LatticeClient, Gpu], str], ...] = (
     check_two_halves_share_the_device,
     check_memory_of_the_device_is_reserved,

@@ -1,4 +1,4 @@
-"""Gateways before engines, in one process: what the tests of both doors share."""
+"""Gateways before engines, in one process, for the tests of a gateway's two listeners."""
 
 import asyncio
 import json
@@ -77,7 +77,7 @@ async def until_waited_for(event: asyncio.Event) -> None:
 
 
 class Servers:
-    """Servers on the loopback address; those that were started last end first."""
+    """Servers on the loopback address; they end in the reverse order of their start."""
 
     def __init__(self) -> None:
         self._runners: list[web.AppRunner] = []

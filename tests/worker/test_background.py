@@ -39,7 +39,7 @@ async def wait_for(future: "asyncio.Future[None]") -> None:
 
 
 def once(original: Injected, error: BaseException | None = None) -> Injected:
-    """Return a function that raises when it is first called, and then does what the original does."""
+    """Return a function that raises at its first call, and calls the original from the second call on."""
     errors = [error or ValueError("a bug")]
 
     def injected(*args: Any, **named: Any) -> Any:

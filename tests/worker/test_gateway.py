@@ -110,7 +110,7 @@ def chosen(routing: Routing, without: Collection[Target] = ()) -> str:
     return found.instance_id
 
 
-def test_routing_chooses_the_instance_with_the_fewest_requests_and_of_equal_ones_that_of_its_node() -> None:
+def test_routing_prefers_the_fewest_requests_and_then_the_own_node() -> None:
     routing = Routing()
     assert routing.choose(SERVICE) is None
     route = {"model": "m", "key": "", "replicas": {"a": "h:1"}, "remote": {"b": ["h:2", "gateway-2"]}}

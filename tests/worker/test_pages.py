@@ -33,7 +33,7 @@ def parts_of(rng: random.Random) -> list[bytes]:
 
 
 def written(path: Path, parts: list[bytes], pages_for: int | None = None) -> bytes:
-    """Write a value to a file, which gets huge pages for so many bytes before; return what is in it then."""
+    """Write a value to a file, with huge pages for `pages_for` bytes first; return the content of the file."""
     with io.FileIO(path, "r+" if path.exists() else "x+") as file:
         if pages_for is not None:
             HugePages().give(file.fileno(), pages_for)

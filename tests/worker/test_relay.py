@@ -1,4 +1,4 @@
-"""Two gateways with certificates of a real authority: what passes between them, and what does not."""
+"""Two gateways with certificates of a real authority: the requests they pass on, and the requests they refuse."""
 
 import asyncio
 import base64
@@ -71,7 +71,7 @@ class Pair(Servers):
         self.waits += 1
 
     async def start(self, engine: Engine, name: str = FAR) -> str:
-        """Start all; return the URL for tasks. `name` is what the far gateway is called there."""
+        """Start all; return the URL for tasks. `name` is the far gateway's name in it."""
         self.far.update(_routes(replicas={"far-1": await self.engine(engine)}))
         self.peer = await self.serve(self.relay.door.application(), identity(FAR).context(is_server=True))
         self.near.update(_routes(replicas={}, remote={"far-1": [self.peer, name]}))
@@ -188,7 +188,7 @@ async def _status(url: str, context: ssl.SSLContext | bool, key: str = "key", in
         return answer.status
 
 
-def test_gateway_takes_no_request_without_a_certificate_and_a_key_of_the_node_that_it_comes_from() -> None:
+def test_gateway_refuses_requests_without_certificate_and_key_of_their_node() -> None:
     async def run(pair: Pair, _: aiohttp.ClientSession) -> None:
         await pair.start(echo)
         url = f"https://{pair.peer}/v1/chat/completions"

@@ -32,12 +32,12 @@ from tests.worker.gateways import (
 )
 
 LOST_S = 0.02
-# What an instance does with a request: `refuses` answers with 503, `breaks` closes the connection, `gone` has no port.
+# The behaviour of an instance: `refuses` answers with 503, `breaks` closes the connection, `gone` has no port.
 FAULTS = ("answers", "refuses", "breaks", "gone")
 
 
 class Scripted(Proxy):
-    """A gateway whose instances do what a script says; `met` counts that by fault."""
+    """A gateway whose instances follow a script; `met` counts their requests by fault."""
 
     def __init__(self, faults: Mapping[str, str], routing: Routing) -> None:
         super().__init__(routing, self._nothing, self._cold_start, Permits(self._nothing), lost_s=LOST_S)
@@ -161,7 +161,7 @@ def test_request_waits_for_the_next_instance_when_the_only_one_is_lost(how: str)
     scenario(run)
 
 
-def test_request_is_answered_by_an_instance_that_gets_ready_before_the_loss_of_another_is_known() -> None:
+def test_new_instance_answers_before_the_loss_of_another_is_known() -> None:
     async def run(world: Losing, client: aiohttp.ClientSession) -> None:
         lost = closed_port()
         world.list(one=lost)

@@ -145,7 +145,7 @@ def test_node_of_short_tasks_is_reserved_when_another_one_has_a_long_one(is_know
     assert started_at - began < RESERVE_AFTER_S + 1.0
 
 
-def test_no_node_is_reserved_when_services_leave_too_little_everywhere_until_one_ends() -> None:
+def test_no_node_is_reserved_while_services_leave_too_little_on_each_node() -> None:
     scene = Scene(node("b", labels={"at": "b"}))
     start_on(scene, "service", Resources(1.0), "b", is_service=True)
     scene.tell(*[ready(f"s{n}", node_selector=(("at", "b"),)) for n in range(3)])

@@ -76,7 +76,7 @@ def test_check_finds_nothing_in_an_undamaged_journal(folder: Path) -> None:
 
 
 def test_check_reads_a_journal_whose_server_was_killed(folder: Path, tmp_path: Path) -> None:
-    # What a killed server leaves: records that are only in the log, and no index of it.
+    # A killed server leaves records that are only in the log, and no index of the log.
     listening, copy = Listening(), tmp_path / "copy"
     journal = open_sqlite(folder, listening)
     store(journal, listening, *whole(4))

@@ -348,7 +348,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_record_that_nothing_waits_for_causes_no_commit_until_the_journal_is_closed(folder: Path) -> None:
+def test_record_without_a_waiter_is_committed_when_the_journal_closes(folder: Path) -> None:
     listening, commits = Listening(), [0]
 
     def count(records: int, size_bytes: int, seconds: float, waited_s: float) -> None:

@@ -25,7 +25,7 @@ RUNS = ("r0", "r1", "r2")
 
 
 class Gate:
-    """Holds back the restoration of runs, except those that are let through."""
+    """Holds back the restoration of all runs but the named ones."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed: set[str] = set()

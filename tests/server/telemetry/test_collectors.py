@@ -33,7 +33,7 @@ async def test_server_works_and_stops_when_its_collector_never_answers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, silent: str, kind: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", silent)
-    # What a call over HTTP takes at least: it cannot be ended from outside.
+    # A call over HTTP lasts until its timeout: nothing outside can end it.
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2" if kind == "otlp-http" else "600")
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
