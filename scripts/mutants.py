@@ -48,7 +48,8 @@ def is_noticed(mutant: dict[str, str], folder: Path) -> bool:
     except subprocess.TimeoutExpired:
         return True
     if done.returncode not in {0, 1}:
-        sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        # The break counts as unnoticed: a test that was renamed notices nothing.
+        print(f"pytest {mutant['test']} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.returncode == 1
 
 
