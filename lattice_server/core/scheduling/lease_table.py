@@ -66,6 +66,11 @@ class Lease:
         return self.tasks[item] if 0 <= item < len(self.tasks) and item not in self.ended else None
 
     @property
+    def run_id(self) -> str:
+        """The run of its first task; a batch may have tasks of several runs."""
+        return self.tasks[0].ready.run_id
+
+    @property
     def waits_for_input(self) -> bool:
         """Whether the predecessor of its task has not succeeded, so that it cannot have started."""
         return self.tasks[0].predecessor is not None

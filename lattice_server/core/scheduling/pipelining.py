@@ -20,8 +20,11 @@ AHEAD_LEASES = 64
 # Leases that wait longer than this behind one attempt are revoked. Far more than a short attempt takes: a worker and a
 # server that share a busy machine may tell each other of an end tens of milliseconds after it.
 PATIENCE_S = 0.1
-SHARED_AHEAD_S = 0.002  # `AHEAD_S` while several tenants share the cluster, so that they wait less for each other.
-SHARED_FOR_S = 0.1  # How long tenants count as sharing the cluster after leases of two tenants in a row.
+# The limits while several runs share the cluster, so that they wait less for each other. A worker takes about a
+# millisecond for a lease, however short its function is.
+SHARED_AHEAD_S = 0.002
+SHARED_AHEAD_LEASES = 8
+SHARED_FOR_S = 1.0  # How long runs count as sharing the cluster after two of them had a lease at the same time.
 MAX_FUNCTIONS = 10_000  # The number of functions whose duration is remembered.
 
 
@@ -35,7 +38,7 @@ class Pipeline:
     _emit: Callable[[RevokeLease], None]
     _waiting: Deadlines[Slot] = field(default_factory=Deadlines)
     _durations: dict[str, float] = field(default_factory=dict)
-    _last_tenant: str = ""
+    _last: Lease | None = None
     _shared_at: float = -SHARED_FOR_S
 
     def expected_s(self, task: Task) -> float | None:
@@ -107,8 +110,9 @@ class Pipeline:
 
     def note_assigned(self, lease: Lease, now: float) -> None:
         """Note a new lease, which may wait behind others of its slot."""
-        if lease.tenant != self._last_tenant:
-            self._last_tenant, self._shared_at = lease.tenant, now
+        last, self._last = self._last, lease
+        if last is not None and last.run_id != lease.run_id and last.lease_id in self._table.leases:
+            self._shared_at = now
         slot = lease.slot
         if len(slot.lease_ids) > 1 and not lease.waits_for_input:
             self._waiting.set(slot, slot.progress_at + PATIENCE_S)
@@ -154,8 +158,8 @@ class Pipeline:
     def _has_room(self, slot: Slot, expected_s: float, now: float) -> bool:
         """Whether a slot may get one more lease."""
         is_shared = len(self._queued) > 1 or now < self._shared_at + SHARED_FOR_S
-        limit_s = SHARED_AHEAD_S if is_shared else AHEAD_S
-        return slot.backlog_s + expected_s <= limit_s and len(slot.lease_ids) < AHEAD_LEASES
+        limit_s, leases = (SHARED_AHEAD_S, SHARED_AHEAD_LEASES) if is_shared else (AHEAD_S, AHEAD_LEASES)
+        return slot.backlog_s + expected_s <= limit_s and len(slot.lease_ids) < leases
 
     def _is_long(self, slot: Slot, now: float) -> bool:
         """Whether the first lease of a slot runs longer than others should wait behind it."""

@@ -48,6 +48,7 @@ class Held:
     ready: TaskReady
     after: str
     attempt: int = 0
+    questions: int = 0
     is_running: bool = False
     ending: Failure | None = None
 
@@ -191,9 +192,9 @@ class RunHistories(RuleBasedStateMachine):
             case "log":
                 self.to_run.append(messages.TaskLogged(*named, False, "text", False))
             case "ask":
-                self.to_run.append(
-                    QuestionAsked(*named, "s", f"{task_id}/{held.attempt}", self.rng.randint(1, 9), "q", ASKED)
-                )
+                # A worker numbers the questions of an attempt, and its session drops repeated reports.
+                held.questions += 1
+                self.to_run.append(QuestionAsked(*named, "s", f"{task_id}/{held.attempt}", held.questions, "q", ASKED))
             case "spawn":
                 known = [record.spec for record in self.run.tasks.values()]
                 tasks = tuple(random_task(self.rng, f"{task_id}/{number}", known) for number in range(2))

@@ -138,11 +138,51 @@ def test_a_node_that_is_lost_while_it_is_drained_has_not_left_by_itself() -> Non
     assert sum(isinstance(effect, NodesChanged) for effect in scene.effects) == 1
 
 
-def test_little_is_sent_ahead_when_tenants_took_turns_a_moment_ago() -> None:
-    scene = Scene(node(cpu=1))
-    scene.tell(ready("warm", tenant="y"))
-    scene.succeed("warm", took=0.004, at=0.1)
-    scene.tell(*[ready(name, tenant="x") for name in "abc"], at=1.0)
-    scene.tell(ready("d", tenant="x"))
-    assert scene.succeed("a", took=0.004, at=1.09) == ["b"]
-    assert scene.succeed("b", took=0.004, at=1.101) == ["c", "d"]
+def sent(scene: Scene, run: str = "large", at: float | None = None) -> int:
+    """Queue 200 tasks of a run; return how many leases are sent."""
+    return len(scene.tell(*[ready(f"{run}-{number}", run=run) for number in range(200)], at=at))
+
+
+def quick(cpu: float, took: float) -> Scene:
+    """Return a scene whose scheduler knows how long the function takes."""
+    scene = Scene(node(cpu=cpu))
+    scene.tell(ready("warm"))
+    scene.succeed("warm", took=took, at=0.1)
+    return scene
+
+
+LIMITS = pytest.mark.parametrize(
+    ("took", "alone", "shared"),
+    [
+        pytest.param(0.0001, 64, 8, id="limited by their number"),
+        pytest.param(0.0009, 11, 2, id="limited by their time"),
+    ],
+)
+
+
+@LIMITS
+def test_a_run_that_is_alone_is_sent_far_ahead(took: float, alone: int, shared: int) -> None:
+    scene = quick(1, took)
+    assert sent(scene, at=0.101) == alone, "the run before it had ended"
+
+
+@LIMITS
+def test_little_is_sent_ahead_while_another_run_has_work(took: float, alone: int, shared: int) -> None:
+    scene = quick(2, took)
+    scene.tell(ready("other", run="other", function="sha256:other"), at=0.2)
+    assert sent(scene, at=5.0) == shared
+
+
+def test_runs_share_the_cluster_for_a_second_after_both_had_work() -> None:
+    scene = quick(2, 0.0001)
+    scene.tell(ready("other", run="other", function="sha256:other"))
+    scene.tell(ready("first", run="large"), at=1.0)
+    scene.succeed("other", took=0.5)
+    scene.succeed("first", took=0.0001)
+    assert sent(scene, "b", at=1.99) == 16
+    scene = quick(2, 0.0001)
+    scene.tell(ready("other", run="other", function="sha256:other"))
+    scene.tell(ready("first", run="large"), at=1.0)
+    scene.succeed("other", took=0.5)
+    scene.succeed("first", took=0.0001)
+    assert sent(scene, "b", at=2.01) == 128
