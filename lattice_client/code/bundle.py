@@ -52,14 +52,22 @@ class Found:
     left_out: dict[str, str] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
 
+    def excludes(self, path: str) -> bool:
+        """Whether the user excluded a file or a folder, by its path or as a module; its reason is noted then."""
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for pattern in self.choice.exclude:
+            if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(module, pattern):
+                # What is below an excluded folder is not looked at, so that it may be a module.
+                is_data = "." in os.path.basename(path) and not path.endswith(".py")
+                self.left_out[path if is_data else module] = f"is left out by exclude=[{pattern!r}]"
+                return True
+        return False
+
     def take(self, name: str, files: dict[str, File], *, is_named: bool = False) -> None:
         """Add files and the modules they import. `is_named`: the user named the module or the path."""
         kept: dict[str, File] = {}
         for path, file in files.items():
-            if (excluded := _excluded_by(path, self.choice.exclude)) is not None:
-                prefix, pattern = excluded
-                self.left_out[prefix] = f"is left out by exclude=[{pattern!r}]"
-            elif not is_named and not modules.is_code(path) and file.size > DATA_LIMIT_BYTES:
+            if not is_named and not modules.is_code(path) and file.size > DATA_LIMIT_BYTES:
                 self.left_out[path] = f"{_too_large(file.size, DATA_LIMIT_BYTES)}; name it in modules=[...]"
             else:
                 kept[path] = file
@@ -102,7 +110,7 @@ def bundle_for(
         name = found.pending.pop().partition(".")[0]
         if name not in seen:
             seen.add(name)
-            files = modules.files_of(name, is_named=name in named)
+            files = modules.files_of(name, is_named=name in named, is_excluded=found.excludes)
             if isinstance(files, dict):
                 found.take(name, files, is_named=name in named)
             elif files:
@@ -121,8 +129,9 @@ def _add(item: Item, found: Found) -> str:
     if os.path.exists(path):
         path = os.path.realpath(path)
         prefix = _name_of(path)
-        files = {os.path.normpath(os.path.join(prefix, below)): file for below, file in modules.tree(path)}
-        found.take(prefix, files, is_named=True)
+        is_excluded = any(map(found.excludes, modules.paths_to(prefix)))
+        tree = () if is_excluded else modules.tree(path, prefix, found.excludes)
+        found.take(prefix, {os.path.normpath(os.path.join(prefix, below)): file for below, file in tree}, is_named=True)
         return ""
     name = text.partition(".")[0]
     if not modules.files_of(name, is_named=True):
@@ -157,18 +166,6 @@ def _imports_of_file(file: File, package: str) -> tuple[str, ...]:
         return imports_in(file.read(), package)
     except OSError:
         return ()
-
-
-def _excluded_by(path: str, patterns: Sequence[str]) -> tuple[str, str] | None:
-    """Return the excluded module, folder or file that contains `path`, and its pattern; None without one."""
-    parts = path.split("/")
-    for end in range(1, len(parts) + 1):
-        prefix = "/".join(parts[:end])
-        module = prefix.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        for pattern in patterns:
-            if fnmatch.fnmatchcase(prefix, pattern) or fnmatch.fnmatchcase(module, pattern):
-                return (module if path.endswith(".py") else prefix), pattern
-    return None
 
 
 def _too_large(size: int, limit: int) -> str:

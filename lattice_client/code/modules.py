@@ -11,7 +11,7 @@ import stat
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -26,6 +26,8 @@ INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
 # Folders of tools.
 IGNORED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 MAX_FILES = 10_000
+# Whether the user excluded a path.
+IsExcluded = Callable[[str], bool]
 INSTALLED_REASON = "is installed on the client, so it is expected on the worker; install it there"
 
 
@@ -46,11 +48,17 @@ class File:
             return archive.read(self.member)
 
 
-def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
+def nothing(path: str) -> bool:
+    """Return False: nothing is excluded."""
+    return False
+
+
+def files_of(name: str, *, is_named: bool = False, is_excluded: IsExcluded = nothing) -> dict[str, File] | str:
     """Return the files of a top-level module by their names relative to `sys.path`, or the reason to leave it out.
 
     The reason is empty for a module of the standard library, and for one that does not exist. For a module that the
-    user named, by `is_named`, the files are returned even when it is installed.
+    user named, by `is_named`, the files are returned even when it is installed. What is excluded is not looked at, as
+    in `tree`.
     """
     module = sys.modules.get(name)
     spec: ModuleSpec | None = getattr(module, "__spec__", None)
@@ -65,10 +73,12 @@ def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
     own = [folder for folder in folders if is_named or not is_installed(folder)]
     if not is_named and (is_installed(origin) if origin else not own):
         return "" if name in sys.stdlib_module_names else INSTALLED_REASON
-    found = {f"{name}/{below}": file for folder in own for below, file in tree(folder)}
+    if is_excluded(name):
+        return {}
+    found = {f"{name}/{below}": file for folder in own for below, file in tree(folder, name, is_excluded)}
     if not folders and origin:
         suffix = ".py" if origin.endswith(".py") else os.path.basename(origin).removeprefix(name)
-        found = {f"{name}{suffix}": file for _, file in tree(origin)}
+        found = {f"{name}{suffix}": file for _, file in tree(origin) if not is_excluded(f"{name}{suffix}")}
     # Python imports a folder without code as a namespace package.
     return found if any(map(is_code, found)) else ""
 
@@ -84,15 +94,23 @@ def is_installed(path: str) -> bool:
     return os.path.realpath(path).startswith(INSTALLED) or not INSTALLED_FOLDERS.isdisjoint(Path(path).parts)
 
 
-def tree(path: str) -> Iterator[tuple[str, File]]:
-    """Yield the files at and below a path, each with its path below it. Raises TaskDefinitionError over 10,000."""
+def tree(path: str, name: str = "", is_excluded: IsExcluded = nothing) -> Iterator[tuple[str, File]]:
+    """Yield the files at and below a path, each with its path below it. Raises TaskDefinitionError over 10,000.
+
+    `name` is the path's name in the archive. Files and folders below it that are excluded by their names in the archive
+    are left out; the content of these folders is not looked at.
+    """
     archive, inside = _archive(path)
-    found = _members(archive, inside) if archive else _below(path)
-    for count, (name, file) in enumerate(found):
+
+    def is_left_out(below: str) -> bool:
+        return is_excluded(f"{name}/{below}")
+
+    found = _members(archive, inside, is_left_out) if archive else _below(path, is_left_out)
+    for count, (below, file) in enumerate(found):
         if count == MAX_FILES:
             text = f"{path} contains over {MAX_FILES} files, too many to send"
             raise TaskDefinitionError(f"{text}; leave it out with exclude=[...], or install it where the workers run")
-        yield name, file
+        yield below, file
 
 
 def file_of_script() -> File | None:
@@ -117,7 +135,7 @@ def _state(path: str) -> os.stat_result | None:
         return None
 
 
-def _below(path: str) -> Iterator[tuple[str, File]]:
+def _below(path: str, is_left_out: IsExcluded) -> Iterator[tuple[str, File]]:
     if (state := _state(path)) is not None and os.path.isfile(path):
         yield "", File(path, "", state.st_mtime_ns, state.st_size)
         return
@@ -128,17 +146,26 @@ def _below(path: str) -> Iterator[tuple[str, File]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(f for f in folders if _is_wanted(f) and not os.path.exists(f"{folder}/{f}/pyvenv.cfg"))
         below = os.path.relpath(folder, path)
         prefix = "" if below == os.curdir else f"{below}{os.sep}"
+        wanted = [f for f in folders if _is_wanted(f) and not os.path.exists(f"{folder}/{f}/pyvenv.cfg")]
+        folders[:] = sorted(f for f in wanted if not is_left_out(prefix + f))
         for name in sorted(filter(_is_wanted, names)):
             full = os.path.join(folder, name)
+            if is_left_out(prefix + name):
+                continue
             if (state := _state(full)) is not None and stat.S_ISREG(state.st_mode):
                 yield prefix + name, File(full, "", state.st_mtime_ns, state.st_size)
 
 
 def _is_wanted(name: str) -> bool:
     return not name.startswith(".") and name not in IGNORED_FOLDERS and not name.endswith((".pyc", ".pyo"))
+
+
+def paths_to(path: str) -> Iterator[str]:
+    """Yield the folders that contain a path, from the outermost, and the path."""
+    parts = path.split("/")
+    return ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _archive(path: str) -> tuple[str, str]:
@@ -151,11 +178,11 @@ def _archive(path: str) -> tuple[str, str]:
     return "", ""
 
 
-def _members(archive: str, inside: str) -> Iterator[tuple[str, File]]:
+def _members(archive: str, inside: str, is_left_out: IsExcluded) -> Iterator[tuple[str, File]]:
     changed_ns = os.stat(archive).st_mtime_ns
     for name, size in _index(archive, changed_ns):
         below = "" if name == inside else name.removeprefix(f"{inside}/")
-        if below != name and all(map(_is_wanted, below.split("/"))):
+        if below != name and all(map(_is_wanted, below.split("/"))) and not any(map(is_left_out, paths_to(below))):
             yield below, File(archive, name, changed_ns, size)
 
 

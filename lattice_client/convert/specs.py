@@ -49,7 +49,10 @@ def pack_code(tasks: Iterable[LatticeTask]) -> None:
 
 
 def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], known: Container[str]) -> None:
-    """Replace the code in the message of `tasks`; a function whose digest is `known` to the server is only named."""
+    """Replace the code in the message of `tasks`; a function or bundle that the server knows is only named.
+
+    `known` are the digests of both.
+    """
     spec.ClearField("functions")
     spec.ClearField("bundles")
     bundles: set[str] = set()
@@ -61,7 +64,7 @@ def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], k
             spec.functions[name].digest = function.digest
         else:
             spec.functions[name].CopyFrom(function)
-            if bundle is not None and bundle.digest not in bundles:
+            if bundle is not None and bundle.digest not in bundles and bundle.digest not in known:
                 bundles.add(bundle.digest)
                 spec.bundles.append(bundle)
 

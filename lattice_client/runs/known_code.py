@@ -1,12 +1,17 @@
-"""Owns the digests of functions that a server has. Rule: the newest MAX_DIGESTS are known; others are sent again."""
+"""Owns the digests of functions and bundles that a server has.
+
+Rule: the newest MAX_DIGESTS are known; others are sent again.
+"""
 
 from collections.abc import Iterable
+
+from lattice.v1 import task_pb2
 
 MAX_DIGESTS = 10_000
 
 
 class KnownCode:
-    """A bounded set of digests. A digest that was dropped costs one transfer of its function."""
+    """A bounded set of digests. A digest that was dropped costs one transfer of its code."""
 
     def __init__(self) -> None:
         # In the order of their last use; the values are not used.
@@ -25,10 +30,12 @@ class KnownCode:
         while len(self._digests) > MAX_DIGESTS:
             self._digests.pop(next(iter(self._digests)), None)
 
-    def update(self, digests: Iterable[str]) -> None:
-        """Add several."""
-        for digest in digests:
-            self.add(digest)
+    def note_sent(self, functions: Iterable[task_pb2.Function]) -> None:
+        """Add functions that the server has accepted, and their bundles."""
+        for function in functions:
+            self.add(function.digest)
+            if function.bundle_digest:
+                self.add(function.bundle_digest)
 
     def clear(self) -> None:
         """Forget all."""

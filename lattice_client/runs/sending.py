@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Sender:
-    """Sends graphs, and repeats refused calls. `known_code` are the digests of functions that the server has."""
+    """Sends graphs, and repeats refused calls. `known_code` are the digests of code that the server has."""
 
     def __init__(self, channel: Channel, admission_timeout_s: float) -> None:
         self.known_code = KnownCode()
@@ -64,7 +64,7 @@ class Sender:
                 if error.reason != "DRAFT_NOT_FOUND" or not graph.draft_id:
                     raise
             else:
-                self.known_code.update(function.digest for function in graph.spec.functions.values())
+                self.known_code.note_sent(graph.spec.functions.values())
                 return found
             graph.draft_id = ""
 

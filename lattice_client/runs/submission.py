@@ -107,7 +107,7 @@ class Starter:
                     raise parts.refusal("", request.task)
                 # The server keeps the code of a draft until the run refers to it.
                 await self._sender.send_parts(code, parts)
-                self._sender.known_code.add(function.digest)
+                self._sender.known_code.note_sent([function])
                 specs.fill_code(code, [task], self._sender.known_code)
             (sent,) = code.functions.values()
             request.function.CopyFrom(sent)
@@ -126,7 +126,7 @@ class Starter:
                 command = f"`lattice runs cancel {request.run_id}`"
                 error.add_note(f"run {request.run_id!r} continues if it was started; {command} would end it")
             raise
-        self._sender.known_code.add(function.digest)
+        self._sender.known_code.note_sent([function])
         return response
 
     async def store(self, graph: Graph[Any], workflow_id: str) -> str:

@@ -10,7 +10,9 @@ import pydantic
 import pytest
 
 from lattice_client import TaskDefinitionError, task
+from lattice_client.code import modules
 from lattice_client.code import pickler as client_pickler
+from lattice_client.code.bundle import Choice, Found
 from lattice_worker.runner import pickler as runner_pickler
 from tests.client.travel import Travel
 
@@ -367,6 +369,43 @@ def test_the_error_says_why_a_module_was_not_sent(travel: Travel, case: str) -> 
     travel.write({"large/__init__.py": HELPER, **{f"large/{n}.bin": bytes(4 << 20) for n in range(10)}})
     (travel.project.parent / "site-packages" / "fancy.py").write_text(HELPER)
     assert text in travel.run("script.py").error
+
+
+@pytest.mark.parametrize("exclude", ["pack.many", "pack/many", "pack/m*"])
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_folders_that_are_excluded_are_not_looked_at(tmp_path: Path, exclude: str, is_zipped: bool) -> None:
+    root = tmp_path / "app"
+    for number in range(30):
+        (root / "pack" / "many" / f"d{number % 3}").mkdir(parents=True, exist_ok=True)
+        (root / "pack" / "many" / f"d{number % 3}" / f"{number}.py").write_text("")
+    (root / "pack" / "__init__.py").write_text(HELPER)
+    if is_zipped:
+        zipapp.create_archive(root, tmp_path / "app.zip", main="pack:double")
+        root = tmp_path / "app.zip"
+    found = Found(Choice(exclude=[exclude]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "MAX_FILES", 2)
+        files = dict(modules.tree(str(root / "pack"), "pack", found.excludes))
+    assert list(files) == ["__init__.py"]
+    assert found.left_out == {"pack.many": f"is left out by exclude=[{exclude!r}]"}
+
+
+def test_module_that_is_excluded_is_not_looked_at(travel: Travel) -> None:
+    script = """
+        from sender import send
+        from lattice_client import task
+        from lattice_client.code import modules
+
+        modules.MAX_FILES = 2
+
+        @task(exclude=["many"])
+        def work():
+            import many
+
+        send(work)
+    """
+    travel.write({"script.py": textwrap.dedent(script), **{f"many/{number}.py": "" for number in range(10)}})
+    assert "module 'many' is left out by exclude=['many']" in travel.run("script.py").error
 
 
 DATA = "from pathlib import Path\ndef double(x):\n    return (Path(__file__).parent / 'large.bin').read_bytes()\n"

@@ -69,7 +69,8 @@ def test_asyncio_client_cancels_its_call_when_a_reader_leaves() -> None:
 def two_digests(monkeypatch: pytest.MonkeyPatch) -> KnownCode:
     monkeypatch.setattr(known_code, "MAX_DIGESTS", 2)
     found = KnownCode()
-    found.update(["a", "b"])
+    found.add("a")
+    found.add("b")
     return found
 
 

@@ -109,14 +109,13 @@ def test_code_that_is_too_many_bytes_together_is_sent(client: LatticeClient) -> 
 
 
 def test_code_is_sent_again_in_parts_when_the_server_lacks_it(client: LatticeClient) -> None:
-    client.twin.api.starter._sender.known_code.update(f"sha256:{number}" for number in range(3))
     workflow = client.create_workflow()
     functions = [closure(400_000, mark) for mark in "uvwxyz"]
     for function in functions:
         workflow.add_task(function)
     for function in functions:
         function.pack()
-        client.twin.api.starter._sender.known_code.add(function.packed[0].digest)
+    client.twin.api.starter._sender.known_code.note_sent(function.packed[0] for function in functions)
     assert set(workflow.run().result()) == set(workflow.tasks)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.heads import Head
+
 HELPER = "def double(x):\n    return 2 * x\n"
 SCRIPT = """
 from lattice_client import LatticeClient, task
@@ -192,3 +194,55 @@ def test_an_error_says_why_a_module_was_not_sent(address: str, tmp_path: Path) -
     files["script.py"] = FAILING.format(options="")
     done = run(address, tmp_path, files, "script.py")
     assert "module 'helper_of_helper' was not among the imports that the client found" in done.stderr
+
+
+def test_a_bundle_is_sent_once_and_again_to_a_server_that_lacks_it(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from lattice_client import LatticeClient
+        from lattice_client.convert import specs
+        import helper
+
+        sent = []
+        fill = specs.fill_code
+
+        def note(spec, *arguments):
+            fill(spec, *arguments)
+            sent.append(len(spec.bundles))
+
+        specs.fill_code = note
+
+        def other(number):
+            def work(x):
+                return helper.double(x) + number
+            return work
+
+        with LatticeClient() as client:
+            for number in range(4):
+                print(client.run_task(other(number), {"x": 4}), sent, flush=True)
+                sent.clear()
+                input()
+    """
+    (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    head = Head(tmp_path / "journal")
+    head.start()
+    environment = {**os.environ, "LATTICE_TARGET": head.address}
+    command = [sys.executable, "script.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        try:
+            for expected in ("{'result': 8} [1]", "{'result': 9} [0]", "{'result': 10} [0, 1]", "{'result': 11} [0]"):
+                assert program.stdout.readline() == f"{expected}\n"
+                if "9" in expected:
+                    head.kill()
+                    head.journal = tmp_path / "another"
+                    head.start()
+                program.stdin.write("\n")
+                program.stdin.flush()
+        finally:
+            program.kill()
+            head.close()
