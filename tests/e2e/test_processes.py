@@ -605,3 +605,24 @@ def test_output_of_c_libraries_is_in_the_log_of_the_attempt_that_wrote_it(client
         if event.type == "task_log":
             logs[event.task_id] += event.data["text"]
     assert logs == {task_id: f"{name}\n" for task_id, name in names.items()}
+
+
+def test_a_worker_continues_when_a_task_has_stopped_the_parent_of_all_tasks(client: LatticeClient) -> None:
+    @task
+    def stop_parent() -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+
+    @task(fresh_process=True)
+    def fresh() -> int:
+        return 1
+
+    @task(timeout=1)
+    def stop_parent_and_sleep() -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(60)
+
+    client.run_task(stop_parent, {})
+    assert client.run_task(fresh, {}, timeout=30) == {"result": 1}
+    with pytest.raises(TaskFailedError, match="TIMEOUT"):
+        client.run_task(stop_parent_and_sleep, {}, timeout=30)
+    assert client.run_task(fresh, {}, timeout=30) == {"result": 1}
