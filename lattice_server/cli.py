@@ -24,6 +24,7 @@ from lattice_server.tokens import read_tokens
 log = logging.getLogger(__name__)
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PORT = click.IntRange(0, 65_535)
 CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/scheduling.md."
 
 
@@ -40,7 +41,7 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     help="How many seconds running attempts have to finish when the worker is stopped; then they are moved.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
+@click.option("--port", type=PORT, default=50051, show_default=True, help="Port to listen on; 0 picks one.")
 @click.option(
     "--executor",
     type=click.Choice(["ray", "local"]),
@@ -257,7 +258,7 @@ def _read(path: Path | None) -> ServerConfig:
 
 
 @click.command()
-@click.option("--port", default=50051, show_default=True, help="Port of the server to stop.")
+@click.option("--port", type=PORT, default=50051, show_default=True, help="Port of the server to stop.")
 @click.option("--node", "node_id", help="Stop this node's worker on this machine instead.")
 @click.option(
     "--wait", type=click.FloatRange(0), default=60.0, show_default=True, help="How many seconds stopping may take."

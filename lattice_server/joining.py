@@ -14,13 +14,17 @@ from lattice_server.config import ServerConfig
 from lattice_server.executors.processes import token_flags
 from lattice_server.flags import Flags, noting, secured
 
+MAX_PORT = 65_535
+
 
 def become_worker(flags: Flags) -> NoReturn:
     """Replace this process by the worker's program, which then gets its signals and sets its exit status."""
     if not flags.addr:
         raise click.UsageError("say which server to join: --addr HOST:PORT")
-    if not re.search(r":\d{1,5}$", flags.addr):
-        raise click.UsageError(f"--addr {flags.addr!r} names no port: write HOST:PORT")
+    port = re.search(r":(\d{1,5})$", flags.addr)
+    if port is None or not 0 < int(port[1]) <= MAX_PORT:
+        form = f"HOST:PORT, with a port from 1 to {MAX_PORT}"
+        raise click.UsageError(f"--addr {flags.addr!r} names no port: write {form}")
     # Not by flags: all users of this machine may read a command line.
     files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
     os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})

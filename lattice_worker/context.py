@@ -22,7 +22,7 @@ from typing import Any
 from lattice_worker.endpoints import Endpoint, Llm
 from lattice_worker.runner import awaited, tracing
 from lattice_worker.runner.artifacts import Encoder
-from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
+from lattice_worker.runner.asking import FORKED, AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
 from lattice_worker.runner.called import Call, CallError
 from lattice_worker.runner.functions import dump
@@ -100,7 +100,7 @@ def call(
     The arguments and the errors are those of `spawn`. While the attempt waits it holds no CPUs. The task is cancelled
     when this task ends before it, and its failure is raised here instead of failing the run.
     """
-    output = _output()
+    output = _own_output()
     if not output.header.get("takes_calls", False):
         raise SpawnError("call: the server is of a version whose tasks cannot call others")
     called = _spawned(task, inputs, name, (), misplaced, is_called=True)
@@ -143,7 +143,7 @@ def _spawned(
     *,
     is_called: bool = False,
 ) -> SpawnedTask:
-    output = _output()
+    output = _own_output()
     form, label = form_of(task), label_of(task, name)
     where = f"spawn of {label!r}"
     given = inputs_of(where, task, form, inputs, misplaced)
@@ -291,8 +291,9 @@ async def llm_async(name: str, *, item: int | None = None) -> Llm:
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     output = running.get()
-    if output is None or output.questions.is_inherited:
-        raise RuntimeError("there is no task running here; this works inside tasks, and not in processes they fork")
+    if output is None:
+        raise RuntimeError(FORKED)
+    output.questions.check_owner()
     header = output.header
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH:
         raise QuestionError(f"the name of a question must be a text of 1 to {MAX_NAME_LENGTH} characters, not {name!r}")
@@ -334,4 +335,11 @@ def _output() -> Any:
         raise RuntimeError("there is no task running here; this works inside tasks only")
     if output.header["batched"]:
         raise RuntimeError("a batch is several tasks at once; ask outside of one")
+    return output
+
+
+def _own_output() -> Any:
+    """As `_output`, but raise RuntimeError in a process that the task has forked: nothing that it sends arrives."""
+    output = _output()
+    output.questions.check_owner()
     return output

@@ -86,6 +86,7 @@ class Zygote:
             if sandbox is not None:
                 request["sandbox"] = sandbox
             socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+            self._wake()
             process.pid = await forked
         except BaseException as error:
             self._processes.pop(number, None)
@@ -103,10 +104,16 @@ class Zygote:
         """Kill a process, and its descendants unless the zygote cannot be told."""
         try:
             self._control.send(json.dumps({"kill": number}).encode())
+            self._wake()
         except OSError:  # The zygote has died, and its processes with it; or its socket is full.
             if (process := self._processes.get(number)) is not None and process.pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
+
+    def _wake(self) -> None:
+        """Continue the zygote if a task has stopped it: it is the parent of every task."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """End the zygote, and with it its processes."""
@@ -142,6 +149,7 @@ class Zygote:
     def _lose(self) -> None:
         """End all processes: the zygote has died, or is told to end."""
         self.is_gone = True
+        self._wake()
         asyncio.get_running_loop().remove_reader(self._control)
         self._control.close()
         for forked in self._forking.values():

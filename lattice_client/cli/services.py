@@ -89,6 +89,8 @@ def start(server: Server, name: str, command: tuple[str, ...], **given: Any) -> 
     """
     wait, timeout = given.pop("wait"), given.pop("timeout")
     settings = settings_of(given)
+    if command[0] == "--":  # As other commands take a program and its arguments.
+        command = command[1:]
     with connected(server) as client:
         try:
             found = client.services.start(name, command, wait=wait, timeout=timeout, **settings)
@@ -177,6 +179,7 @@ def scale(server: Server, name: str, replicas: int, max_replicas: int | None) ->
 def stop(server: Server, name: str, timeout: float | None) -> None:
     """Stop a service and wait until none of its processes is left."""
     with connected(server) as client:
+        client.services.get(name)  # A name that is misspelled is an error here; the call itself may be repeated.
         try:
             client.services.stop(name, timeout=timeout)
         except TimeoutError as error:

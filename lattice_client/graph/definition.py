@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Generic, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, Unpack
 
 from lattice.v1 import resources_pb2, task_pb2
 
@@ -21,6 +21,9 @@ from lattice_client.graph.signatures import accepted_inputs, check_combine, chec
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# Methods by which other systems run a function elsewhere, map it over a list, or change its options.
+RUNNING = frozenset({"remote", "submit", "delay", "apply_async", "run", "spawn", "call"})
+MAPPING, CHANGING = frozenset({"map", "starmap"}), frozenset({"options", "with_options"})
 
 
 @dataclass(eq=False, repr=False)
@@ -32,7 +35,7 @@ class TaskDefinition(Generic[P, R]):
         may_return_more: whether the function may return outputs that it does not declare.
         may_be_left_out: keys of the returned TypedDict that are not always present.
         combine: makes the output of the list of all chunks.
-        options: the arguments of `task`, for `with_`.
+        given_options: the arguments of `task`, for `with_`.
     """
 
     function: Callable[P, R]
@@ -51,7 +54,7 @@ class TaskDefinition(Generic[P, R]):
     choice: Choice = field(default_factory=Choice)
     has_fresh_process: bool = False
     combine: Callable[[list[Any]], Any] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    given_options: Mapping[str, Any] = field(default_factory=dict)
     _code: FunctionCode = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,12 +65,20 @@ class TaskDefinition(Generic[P, R]):
         """Run the plain function."""
         return self.function(*args, **kwargs)
 
+    if not TYPE_CHECKING:  # To type checkers a task would have every attribute.
+
+        def __getattr__(self, name: str) -> NoReturn:
+            text = f"a task has no attribute {name!r}"
+            if advice := _advice(name, vars(self).get("name", "task")):
+                text += f": {advice}"
+            raise AttributeError(text, name=name, obj=self)
+
     def with_(self, **options: Unpack[TaskOptions]) -> "TaskDefinition[P, R]":
         """Return the same task with some options changed.
 
         Raises TaskDefinitionError when an option is unknown or out of range.
         """
-        made: TaskDefinition[P, R] = define(self.function, **changed(self.name, self.options, options))
+        made: TaskDefinition[P, R] = define(self.function, **changed(self.name, self.given_options, options))
         return replace(
             made, entrypoint=self.entrypoint, inputs=self.inputs, required=self.required, takes_any=self.takes_any
         )
@@ -256,8 +267,20 @@ def define(
         choice=Choice(tuple(modules), tuple(exclude)),
         has_fresh_process=fresh_process,
         combine=combine,
-        options={**given, **options, "resources": resources, "fresh_process": fresh_process, "combine": combine},
+        given_options={**given, **options, "resources": resources, "fresh_process": fresh_process, "combine": combine},
     )
+
+
+def _advice(name: str, task: str) -> str:
+    """Return what does here what a method of another system does."""
+    if name in RUNNING:
+        way = (
+            f"client.run_task({task}, {{...}}) runs it, and workflow.add_task({task}, {{...}}) makes it part of a graph"
+        )
+        return f"{way}; within a task, context.call({task}, {{...}})"
+    if name in MAPPING:
+        return f"workflow.map({task}, other.output) runs it for each item of a list that another task returns"
+    return f"{task}.with_(cpu=2, retries=3) is the same task with other options" if name in CHANGING else ""
 
 
 def _check_code_options(label: str, modules: object, exclude: object, fresh_process: object) -> None:

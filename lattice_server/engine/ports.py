@@ -12,6 +12,9 @@ from lattice_server.core.services.messages import Event
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services.entry import ServiceEntry
 
+# The node of the worker that the server starts on its own machine.
+OWN_NODE = "local"
+
 
 @frozen
 class Contact:

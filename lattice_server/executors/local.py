@@ -10,7 +10,7 @@ from uuid import uuid4
 from lattice_server import background
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
-from lattice_server.engine.ports import Contact, Machine, Membership
+from lattice_server.engine.ports import OWN_NODE, Contact, Machine, Membership
 from lattice_server.executors.backoff import Backoff
 from lattice_server.executors.processes import MARK, end_orphans, worker_command
 from lattice_server.executors.worker_command import log_flags, offer_of_head, worker_flags
@@ -90,7 +90,7 @@ class LocalExecutor:
     async def _run_worker(self, worker_id: str, contact: Contact) -> str:
         """Run a worker to its end and return how it ended. Raises OSError."""
         offer, store, server = offer_of_head(self._config), self._store_directory, contact.target
-        flags = worker_flags(offer, worker_id=worker_id, node_id="local", store_directory=store, server=server)
+        flags = worker_flags(offer, worker_id=worker_id, node_id=OWN_NODE, store_directory=store, server=server)
         flags += log_flags(self._config)
         self._process = await asyncio.create_subprocess_exec(
             *worker_command(contact.local_target, flags),

@@ -10,8 +10,11 @@ from lattice.v1 import resources_pb2, worker_pb2
 from lattice_server import __version__
 from lattice_server.core.errors import invalid_field
 from lattice_server.engine.artifact_store import HEAD
+from lattice_server.engine.ports import OWN_NODE
 from lattice_server.rpc.convert.cluster import PROTOCOL_VERSION
 
+# A worker that takes the id of another one replaces it, and ends its attempts.
+RESERVED = {HEAD: "the server's own store of artifacts", OWN_NODE: "the node of the server's own worker"}
 MAX_NAME = 128
 MAX_TEXT = 256
 MAX_CPUS = 1e6
@@ -34,8 +37,9 @@ def check_first(first: worker_pb2.ConnectRequest, *, is_local: bool) -> None:
         raise invalid_field("opening", "the first message must have `hello` of a worker or `join` of a machine")
     offer: worker_pb2.Hello | worker_pb2.Join = getattr(first, kind)
     _check_offer(offer, kind)
-    if offer.node_id == HEAD and not is_local:
-        raise invalid_field(f"{kind}.node_id", f"{HEAD!r} names the server's own store of artifacts")
+    if offer.node_id in RESERVED and not is_local:
+        text = f"{offer.node_id!r} names {RESERVED[offer.node_id]}; choose another --node-id"
+        raise invalid_field(f"{kind}.node_id", text)
 
 
 def version_refusal(first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:

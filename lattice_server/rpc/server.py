@@ -133,13 +133,16 @@ class RpcServer:
     async def start(self) -> int:
         """Listen and serve; return the port. Raises PortInUseError."""
         address = self._config.address(self._config.port)
+        # gRPC does not say why an address is refused, and logs a line of its own.
+        if refusal := _refusal(self._config):
+            raise PortInUseError(f"cannot listen on {address}: {refusal}")
         try:
             if self.certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
-            raise PortInUseError(f"cannot listen on {address}: {_refusal(self._config)}") from None
+            raise PortInUseError(f"cannot listen on {address}: gRPC refuses the address") from None
         # In a folder that only this user may enter, so it needs neither TLS nor tokens.
         self._local_server.add_insecure_port(self.local_target)
         await self._server.start()
@@ -183,10 +186,10 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
 
 
 def _refusal(config: ServerConfig) -> str:
-    """Return why the system refuses the address of a server; gRPC does not say."""
+    """Return why the system refuses the address of a server; empty when it does not."""
     try:
         with socket.create_server((config.host.strip("[]"), config.port), family=_family(config.host)):
-            return "gRPC refuses the address"
+            return ""
     except OSError as error:
         return error.strerror or str(error)
 

@@ -14,6 +14,7 @@ from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.values import decode_value
 
 OVER = "the attempt is over: nothing can be asked any more"
+FORKED = "there is no task running here; this works inside tasks, and not in processes they fork"
 
 
 class QuestionError(Exception):
@@ -64,6 +65,7 @@ class Questions:
         return self._send(header, ())
 
     def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
+        self.check_owner()
         answer: Future[Any] = Future()
         with self._lock:
             if self._is_over:
@@ -90,10 +92,10 @@ class Questions:
         else:
             waiting.set_result((header["value"]["type"], blobs[header["value"]["blob"]]))
 
-    @property
-    def is_inherited(self) -> bool:
-        """Whether this is a process that the invocation has forked."""
-        return self._channel.owner != os.getpid()
+    def check_owner(self) -> None:
+        """Raise RuntimeError in a process that the invocation has forked: the answer would arrive in its parent."""
+        if self._channel.owner != os.getpid():
+            raise RuntimeError(FORKED)
 
     def close(self) -> None:
         """End the invocation: what still waits gets QuestionError."""

@@ -52,8 +52,7 @@ async def wait_async(output: Any, name: str, timeout: float | None) -> Any:
 def _checked(output: Any, name: object, timeout: object) -> Questions:
     """Return the questions of an invocation that may wait with these arguments. Raises QuestionError, RuntimeError."""
     questions: Questions = output.questions
-    if questions.is_inherited:
-        raise RuntimeError("there is no task running here; this works inside tasks, and not in processes they fork")
+    questions.check_owner()
     if not output.header.get("takes_signals", False):
         raise QuestionError("wait_for: the server is of a version that takes no signals")
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH:

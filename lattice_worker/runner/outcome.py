@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NoReturn, Self
 
 from lattice_worker.runner.artifacts import Encoder
@@ -90,9 +90,12 @@ class Outcome:
         """Return one answer for each member of a batch."""
         unread, size = self._header["unread"], len(self._header["items"])
         try:
-            values = list(value)
+            # A dict or a text would be taken apart into keys or letters, and a set has no order.
+            values = None if isinstance(value, Mapping | Set | str | bytes | bytearray) else list(value)
         except TypeError:
-            raise PayloadError(f"a batch of {size} must return a list; it returned {type(value).__name__}") from None
+            values = None
+        if values is None:
+            raise PayloadError(f"a batch of {size} must return a list; it returned {type(value).__name__}")
         if len(values) != size - len(unread):
             raise PayloadError(f"a batch of {size - len(unread)} returned {len(values)} values; one for each is needed")
         found = iter(values)

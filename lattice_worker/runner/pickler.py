@@ -100,6 +100,8 @@ def _class(
     cls: Any, meta: Any, name: str, bases: tuple[Any, ...], members: dict[str, Any], *more: Any
 ) -> tuple[Any, ...]:
     """Return the complete arguments for creating a class again."""
+    # Without it a class in a function or in a class has another name there, which no retry policy names.
+    members["__qualname__"] = cls.__qualname__
     if meta.__name__ == "_TypedDictMeta" and bases == (dict,):
         # A TypedDict has the inherited keys as its own.
         bases = (sys.modules[meta.__module__].TypedDict,)

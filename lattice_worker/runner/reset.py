@@ -54,6 +54,11 @@ def _umask() -> int:
     return mask
 
 
+def _refuse(before: Any) -> None:
+    """A process that gave up privileges cannot take them back."""
+    raise PermissionError(f"it cannot become {before!r} again")
+
+
 # How a setting of this process is read, and set.
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (_working_directory, os.chdir),
@@ -67,6 +72,10 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
             resource.RLIMIT_CPU,
             resource.RLIMIT_STACK,
             resource.RLIMIT_FSIZE,
+            resource.RLIMIT_DATA,
+            resource.RLIMIT_NPROC,
+            resource.RLIMIT_CORE,
+            resource.RLIMIT_MEMLOCK,
         )
     ),
     (partial(os.getpriority, os.PRIO_PROCESS, 0), partial(os.setpriority, os.PRIO_PROCESS, 0)),
@@ -79,6 +88,9 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (gc.get_debug, gc.set_debug),
     (socket.getdefaulttimeout, socket.setdefaulttimeout),
     (tracemalloc.is_tracing, lambda traces: None if traces else tracemalloc.stop()),
+    (os.getresuid, _refuse),
+    (os.getresgid, _refuse),
+    (os.getgroups, _refuse),
 )
 _READERS = tuple(read for read, _ in SETTINGS)
 

@@ -169,7 +169,8 @@ def test_commands_work_when_another_entry_point_is_broken(
 @pytest.mark.parametrize(
     ("address", "text"),
     [
-        ("10.0.0.7", "--addr '10.0.0.7' names no port: write HOST:PORT"),
+        ("10.0.0.7", "--addr '10.0.0.7' names no port: write HOST:PORT, with a port from 1 to 65535"),
+        ("10.0.0.7:99999", "--addr '10.0.0.7:99999' names no port: write HOST:PORT, with a port from 1 to 65535"),
         ("", "say which server to join: --addr HOST:PORT"),
     ],
 )

@@ -1,5 +1,6 @@
 """`@task` and wiring: the definition of a function, and the mistakes that raise before anything is sent."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -457,3 +458,22 @@ def test_inputs_are_bound_as_in_a_call(workflow: LatticeWorkflow) -> None:
     ):
         with pytest.raises(TaskDefinitionError, match=r"already|bind|are given by name|as one dict, not as list"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("remote", r": client\.run_task\(plain, \{\.\.\.\}\) runs it, and workflow\.add_task\(plain, "),
+        ("submit", r": .*; within a task, context\.call\(plain, "),
+        ("map", r": workflow\.map\(plain, other\.output\) runs it for each item"),
+        ("options", r": plain\.with_\(cpu=2, retries=3\) is the same task with other options"),
+        ("nothing", "$"),
+    ],
+)
+def test_a_method_that_tasks_of_other_systems_have_is_an_error_with_advice(name: str, advice: str) -> None:
+    with pytest.raises(AttributeError, match=f"^a task has no attribute '{name}'{advice}"):
+        getattr(task(plain), name)
+
+
+def test_a_task_can_be_copied() -> None:
+    assert copy.copy(task(plain))(1, c=3) == 6

@@ -122,9 +122,15 @@ def test_an_item_that_fails_is_tried_again_without_the_others(client: LatticeCli
         ([1], "a batch of 3 returned 1 values; one for each is needed"),
         ([1, 2, 3, 4], "a batch of 3 returned 4 values; one for each is needed"),
         (None, "a batch of 3 must return a list; it returned NoneType"),
+        ({"a": 1, "b": 2, "c": 3}, "a batch of 3 must return a list; it returned dict"),
+        ({1, 2, 3}, "a batch of 3 must return a list; it returned set"),
+        ("abc", "a batch of 3 must return a list; it returned str"),
+        (b"abc", "a batch of 3 must return a list; it returned bytes"),
     ],
 )
-def test_a_wrong_number_of_answers_fails_all(client: LatticeClient, returned: Any, text: str) -> None:
+def test_a_batch_fails_when_its_function_does_not_return_a_list_with_a_value_for_each_member(
+    client: LatticeClient, returned: Any, text: str
+) -> None:
     def miscount(value: list[int]) -> Any:
         return returned
 

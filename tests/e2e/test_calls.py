@@ -47,6 +47,33 @@ def depth(n: int) -> int:
     return 0 if n == 0 else 1 + context.call(depth, {"n": n - 1}).result()
 
 
+@task(timeout=30)
+def forker() -> list[str]:
+    import os
+
+    earlier = context.call(double, {"x": 1})
+    uses = [
+        lambda: context.call(double, {"x": 2}),
+        lambda: context.spawn(double, {"x": 3}),
+        lambda: context.wait_for("go"),
+        lambda: context.ask("what"),
+        earlier.result,
+    ]
+    found = []
+    for use in uses:
+        read, write = os.pipe()
+        if not os.fork():
+            try:
+                use()
+            except BaseException as error:
+                os.write(write, f"{type(error).__name__}: {error}".encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as said:
+            found.append(said.read())
+    return [*found, str(earlier.result())]
+
+
 def test_four_parents_with_three_calls_each_finish_on_two_cpus() -> None:
     with served("--executor", "local", "--num-cpus", "2") as address, LatticeClient(address) as client:
         workflow = client.create_workflow()
@@ -171,3 +198,8 @@ def test_a_call_that_can_never_start_fails_at_once(local: str) -> None:
         kind, text = client.run_task(outer)["result"]
         assert kind == "NESTED_RESOURCES"
         assert "gpu that it needs is held by 'outer'" in text
+
+
+def test_a_forked_child_of_a_task_is_refused_what_only_the_task_can_do(client: LatticeClient) -> None:
+    refused = "RuntimeError: there is no task running here; this works inside tasks, and not in processes they fork"
+    assert client.run_task(forker, {}) == {"result": [refused] * 5 + ["2"]}

@@ -246,3 +246,46 @@ def test_a_bundle_is_sent_once_and_again_to_a_server_that_lacks_it(tmp_path: Pat
         finally:
             program.kill()
             head.close()
+
+
+def test_classes_of_a_script_keep_their_qualified_names_so_that_retry_policies_find_them(
+    address: str, tmp_path: Path
+) -> None:
+    program = """
+        import dataclasses, enum, pickle, typing
+        from lattice_client import LatticeClient, context, task
+
+        class Outer:
+            class Busy(Exception): ...
+            class Pair(typing.NamedTuple):
+                x: int
+            @dataclasses.dataclass(slots=True)
+            class Point:
+                x: int
+            class Color(enum.Enum):
+                RED = 1
+
+        @task
+        def names() -> list[str]:
+            kinds = [Outer.Busy, Outer.Pair, Outer.Point, Outer.Color]
+            assert pickle.loads(pickle.dumps(Outer.Point(1))) == Outer.Point(1)
+            return [kind.__qualname__ for kind in kinds]
+
+        def main(client: LatticeClient) -> None:
+            class Local(Exception): ...
+
+            for kind in (Outer.Busy, Local):
+                @task(retries=2, retry_on=kind, retry_backoff=0)
+                def flaky() -> int:
+                    if context.current().number < 3:
+                        raise kind
+                    return context.current().number
+
+                print(client.run_task(flaky, {})["result"])
+            print(*client.run_task(names, {})["result"])
+
+        with LatticeClient() as client:
+            main(client)
+        """
+    ended = run(address, tmp_path, {"script.py": program}, "script.py")
+    assert ended.stdout.split() == ["3", "3", "Outer.Busy", "Outer.Pair", "Outer.Point", "Outer.Color"], ended.stderr

@@ -24,7 +24,7 @@ from lattice_client import LatticeClient, Run, TaskFailedError, task
 
 # Soft limits that a task sets, by their names in `resource`.
 LIMITS = {"RLIMIT_NOFILE": 100, "RLIMIT_STACK": 1 << 20, "RLIMIT_FSIZE": 1 << 30, "RLIMIT_CPU": 90_000}
-LIMITS["RLIMIT_AS"] = 1 << 40
+LIMITS |= {"RLIMIT_AS": 1 << 40, "RLIMIT_DATA": 1 << 39, "RLIMIT_NPROC": 5000, "RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 4096}
 
 level: contextvars.ContextVar[int] = contextvars.ContextVar("level", default=0)
 
@@ -310,8 +310,11 @@ def test_a_daemon_thread_writes_into_no_other_log_when_its_attempt_has_ended(cli
     raise AssertionError("the tasks never shared a process")
 
 
-@pytest.mark.parametrize("how", ["main", "environment", "limit"])
+@pytest.mark.parametrize("how", ["main", "environment", "limit", "user", "group", "groups"])
 def test_a_process_is_not_used_again_when_it_cannot_be_put_back(client: LatticeClient, how: str) -> None:
+    if how in {"user", "group", "groups"} and os.getuid() != 0:
+        pytest.skip("only root may become another user or group")
+
     def spoil(how: str) -> int:
         import resource
 
@@ -321,6 +324,12 @@ def test_a_process_is_not_used_again_when_it_cannot_be_put_back(client: LatticeC
             case "environment":
                 os.environ["FROM_A_MODULE"] = "1"
                 __import__("wave")
+            case "user":
+                os.setresuid(-1, 65534, -1)
+            case "group":
+                os.setresgid(-1, 65534, -1)
+            case "groups":
+                os.setgroups([65534])
             case _:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
                 if os.getuid() == 0:
@@ -605,3 +614,24 @@ def test_output_of_c_libraries_is_in_the_log_of_the_attempt_that_wrote_it(client
         if event.type == "task_log":
             logs[event.task_id] += event.data["text"]
     assert logs == {task_id: f"{name}\n" for task_id, name in names.items()}
+
+
+def test_a_worker_continues_when_a_task_has_stopped_the_parent_of_all_tasks(client: LatticeClient) -> None:
+    @task
+    def stop_parent() -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+
+    @task(fresh_process=True)
+    def fresh() -> int:
+        return 1
+
+    @task(timeout=1)
+    def stop_parent_and_sleep() -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(60)
+
+    client.run_task(stop_parent, {})
+    assert client.run_task(fresh, {}, timeout=30) == {"result": 1}
+    with pytest.raises(TaskFailedError, match="TIMEOUT"):
+        client.run_task(stop_parent_and_sleep, {}, timeout=30)
+    assert client.run_task(fresh, {}, timeout=30) == {"result": 1}

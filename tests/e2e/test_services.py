@@ -309,16 +309,18 @@ def test_the_command_line_starts_shows_scales_and_stops_a_service(address: str) 
     def lattice(*arguments: str) -> Result:
         return CliRunner(env={"LATTICE_TARGET": address}).invoke(main, ["services", *arguments])
 
-    found = lattice("start", "--cpu", "0.1", "--env", "A=b", "shell", *COMMAND)
+    found = lattice("start", "--cpu", "0.1", "--env", "A=b", "shell", "--", *COMMAND)
     assert (found.exit_code, "Service shell is ready: 127.0.0.1:" in found.stdout) == (0, True), found.stderr
     assert lattice("list").stdout.splitlines()[1].startswith("shell\tready\t1/1\t0\t0\t127.0.0.1:")
     assert "shell-1\tready\t" in lattice("show", "shell").stdout
-    assert "shell-1: listening on port" in lattice("logs", "shell").stdout
+    until(lambda: "shell-1: listening on port" in lattice("logs", "shell").stdout, "its output is there")
     assert lattice("scale", "shell", "2").stdout == "Service shell wants 2 instances.\n"
     assert lattice("stop", "shell").stdout == "Service shell is stopped.\n"
     failed = lattice("start", "--cpu", "0.1", "shell", "/no/such/program")
     assert failed.exit_code == 1
     assert "cannot start (command_not_found)" in failed.stderr
     assert lattice("stop", "shell").exit_code == 0
-    missing = lattice("logs", "shell")
-    assert (missing.exit_code, "there is no service 'shell'" in missing.stderr) == (1, True)
+    for command in ("logs", "stop"):
+        missing = lattice(command, "shell")
+        assert (missing.exit_code, "there is no service 'shell'" in missing.stderr) == (1, True)
+    assert "must name a program" in lattice("start", "shell", "--").stderr

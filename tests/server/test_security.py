@@ -106,6 +106,7 @@ def test_any_other_address_needs_both(host: str) -> None:
         (["--tls-cert", "CERT"], "--tls-cert needs --tls-key"),
         (["--token-file", "EMPTY"], "it is empty"),
         (["--tls-key", "ghost"], "'--tls-key': File 'ghost' does not exist"),
+        (["--port", "99999"], "'--port': 99999 is not in the range 0<=x<=65535"),
     ],
 )
 def test_command_names_the_flag_when_it_is_wrong(

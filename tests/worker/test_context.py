@@ -1,6 +1,7 @@
 """`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
 import itertools
+import os
 import pickle
 import threading
 import weakref
@@ -30,6 +31,7 @@ class Sent:
 
     def __init__(self) -> None:
         self.tasks: list[task_pb2.TaskSpec] = []
+        self.owner = os.getpid()
 
     def send(self, header: dict[str, Any], blobs: Any = ()) -> None:
         spawned = spawned_from_frame(header["task"], list(blobs), task_pb2.Function(), "node")

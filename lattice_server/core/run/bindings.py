@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lattice_server.core.model import (
+    Artifact,
     Binding,
     BindingList,
     Condition,
@@ -18,7 +19,7 @@ from lattice_server.core.model import (
     TaskSpec,
 )
 from lattice_server.core.references import Leaf, leaves, part_of
-from lattice_server.core.run.conditions import is_met
+from lattice_server.core.run.conditions import PathError, is_met
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.core.trust import is_trusted, is_weaker, unpickles
@@ -50,11 +51,14 @@ class Values:
     def is_met(self, condition: Condition) -> bool | None:
         """Whether a condition is met; None when its value is not JSON.
 
-        Raises PathError when the value does not have the part that the condition selects.
+        Raises PathError when the value does not have the part that the condition selects, or is not on the server.
         """
         value = self.of(replace(condition.output, path=()))
         if isinstance(value, BindingList):
             return bool(value.items) is not condition.is_negated
+        if isinstance(value, Payload) and isinstance(value.content, Artifact):
+            size = value.content.size_bytes
+            raise PathError(f"its {size} bytes are too many for a message; return a small output to decide by")
         if not isinstance(value, Payload) or not isinstance(value.content, str):
             return None
         return is_met(condition, value.content)

@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     TaskSkipped,
 )
 from lattice_server.core.model import (
+    Artifact,
     BindingList,
     Condition,
     FailureKind,
@@ -277,6 +278,14 @@ def test_task_fails_when_its_condition_is_not_json() -> None:
     story = RunScene(task("a"), when("b", "a"))
     story.succeed("a", outputs={"out": Payload("application/octet-stream", b"?")})
     assert "not JSON" in next(e.failure.message for e in story.effects if isinstance(e, TaskFailed))
+
+
+def test_task_fails_when_the_value_of_its_condition_is_not_on_the_server() -> None:
+    story = RunScene(task("a"), when("b", "a"))
+    story.succeed("a", outputs={"out": Payload("application/json", Artifact("x", 300_000, "node"))})
+    failure = story.run.tasks["b"].failure
+    assert failure is not None
+    assert "output a.out, cannot be evaluated: its 300000 bytes are too many for a message" in failure.message
 
 
 @pytest.mark.parametrize(("items", "runs"), [(["1"], True), ([], False)])

@@ -84,6 +84,7 @@ GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
         ({"node_id": "a\nb"}, "node_id"),
         ({"node_id": "\x1b[2J"}, "node_id"),
         ({"node_id": "head"}, "node_id"),
+        ({"node_id": "local"}, "node_id"),
         ({"capacity": {"cpu": NAN}}, "capacity.cpu"),
         ({"capacity": {"cpu": float("inf")}}, "capacity.cpu"),
         ({"capacity": {"cpu": -1}}, "capacity.cpu"),
