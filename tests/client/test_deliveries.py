@@ -134,6 +134,23 @@ def test_a_thread_with_a_limit_does_not_read_and_does_not_end_the_stream(stream:
         assert waiting.result(timeout=10) == 1
 
 
+def test_a_thread_with_a_limit_is_not_appointed(stream: Stream) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(stream.get, 0)
+        wait_until(lambda: stream.readers)
+        # The thread that reads for it starts after it has begun to wait.
+        stream.delivery._has_thread = True
+        limited = pool.submit(stream.get, 1, 60)
+        wait_until(lambda: 1 in stream.boxes)
+        time.sleep(0.05)  # Let it begin to wait; the outcome is the same when it has not.
+        stream.delivery._has_thread = False
+        stream.delivery._start_thread()
+        wait_until(lambda: stream.delivery._waiting)
+        for number, waiting in enumerate((reading, limited)):
+            stream.messages.put(number)
+            assert waiting.result(timeout=10) == number
+
+
 def test_a_reader_that_is_interrupted_leaves_the_others_without_the_stream(stream: Stream) -> None:
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(stream.get, 0)
