@@ -30,6 +30,7 @@ class BlockingDelivery(Delivery):
         self._lock = threading.Lock()
         # The reader. Set by `setdefault`, so that it is known who reads when a signal handler raises at any point.
         self._reader: dict[None, tuple[Box, int]] = {}
+        # The waiting threads that may read, in order.
         self._waiting: OrderedDict[Box, None] = OrderedDict()
         self._has_thread = False
 
@@ -41,7 +42,8 @@ class BlockingDelivery(Delivery):
             self._start_thread()
         try:
             while True:
-                self._waiting[own] = None
+                if may_read:
+                    self._waiting[own] = None
                 reader = self._reader.setdefault(None, me) if may_read else None
                 if reader is me:
                     self._waiting.pop(own, None)

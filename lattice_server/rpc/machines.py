@@ -5,7 +5,7 @@ Rule: a machine belongs to the cluster while its stream is open, and `Close` say
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -74,21 +74,28 @@ class Machines:
             if not membership.over.done():
                 membership.over.set_result("UNAUTHENTICATED")
 
+        silent_beats, beat_s = 0, self._config.heartbeat_interval_s
+
+        def hear() -> None:
+            nonlocal silent_beats
+            silent_beats = 0
+
         caller.ends.add(end)
         # The stream ends with it.
-        reading = background.start(self._read(machine.node_id, requests, membership), background.only_log)
+        reading = background.start(self._read(machine.node_id, requests, membership, hear), background.only_log)
         waits: set[asyncio.Future[Any]] = {reading, membership.over}
         try:
             yield worker_pb2.ConnectResponse(joined=joined_to_proto(membership, self._config))
             while membership.ray is not None:
-                beat_s = self._config.heartbeat_interval_s
                 await asyncio.wait(waits, timeout=beat_s, return_when=asyncio.FIRST_COMPLETED)
                 if membership.over.done():
                     reason = membership.over.result()
                     code = worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
                     yield worker_pb2.ConnectResponse(close=worker_pb2.Close(reason=code, message=REASONS[reason]))
                     break
-                if reading.done():
+                # A stall of this thread is one beat, however long it is: messages that came meanwhile are read then.
+                silent_beats += 1
+                if reading.done() or silent_beats * beat_s > self._config.silence_limit_s:
                     return
                 # A message without a field is a heartbeat.
                 yield worker_pb2.ConnectResponse()
@@ -99,12 +106,11 @@ class Machines:
             if membership.ray is not None:
                 self._executor.leave(machine.node_id, membership)
 
-    async def _read(self, node_id: str, requests: Requests, membership: Membership) -> None:
-        """Read until the stream breaks, ends, falls silent or cannot be read."""
-        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration, DecodeError, InvalidError):
-            while True:
-                async with asyncio.timeout(self._config.silence_limit_s):
-                    request = await anext(requests)
+    async def _read(self, node_id: str, requests: Requests, membership: Membership, hear: Callable[[], None]) -> None:
+        """Read until the stream breaks, ends or cannot be read; `hear` is called with each message."""
+        with contextlib.suppress(grpc.RpcError, DecodeError, InvalidError):
+            async for request in requests:
+                hear()
                 if request.HasField("draining"):
                     await self._drain(node_id, request.draining, membership)
 

@@ -6,7 +6,6 @@ Rule: another instance is tried only while no byte of an answer has gone to the 
 import asyncio
 import json
 import ssl
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -101,13 +100,13 @@ class Proxy:
 
     async def _pass(self, request: web.Request, service: str, sent: Sent) -> web.StreamResponse:
         """Pass a request to an instance; to another one when the first does not answer."""
-        tries = Tries(self._lost_s)
+        tries, clock = Tries(self._lost_s), asyncio.get_running_loop().time
         while (chosen := await self._choose(service, tries)) is not None:
             self._routing.begin(chosen.instance_id)
             try:
                 return await self._try(request, service, sent, chosen)
             except ElsewhereError as error:
-                tries.note(chosen, error, time.monotonic())
+                tries.note(chosen, error, clock())
             finally:
                 self._routing.end(chosen.instance_id)
         raise Refusal(503, "replica_lost", f"no instance of {_name(service)!r} answered; the last one: {tries.why}")
@@ -121,7 +120,7 @@ class Proxy:
                 return chosen
             if (until := tries.lost_until) is not None:
                 try:
-                    async with asyncio.timeout(until - time.monotonic()):
+                    async with asyncio.timeout_at(until):
                         await news.wait()
                 except TimeoutError:
                     return None

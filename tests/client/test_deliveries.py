@@ -43,9 +43,15 @@ class Stream:
         self.boxes.pop(message).put(message)
         return True
 
-    def get(self, number: int, limit_s: float | None = None) -> int | None:
-        """Wait for the message of a mailbox."""
-        box = self.boxes.setdefault(number, BlockingMailbox())
+    def box(self, number: int) -> BlockingMailbox[int | None]:
+        """Make a mailbox; the reader takes it away with its message."""
+        return self.boxes.setdefault(number, BlockingMailbox())
+
+    def get(
+        self, number: int, limit_s: float | None = None, box: BlockingMailbox[int | None] | None = None
+    ) -> int | None:
+        """Wait for the message of a mailbox, which was made before if the message may have come."""
+        box = box or self.box(number)
         token = deadline.set(None if limit_s is None else time.monotonic() + limit_s)
         try:
             return blocking(self.delivery.get(box))
@@ -70,9 +76,9 @@ def wait_until(condition: Any) -> None:
 
 def test_a_thread_reads_its_own_message(stream: Stream) -> None:
     for number in range(5):
-        stream.boxes[number] = BlockingMailbox()
+        box = stream.box(number)
         stream.messages.put(number)
-        assert stream.get(number) == number
+        assert stream.get(number, box=box) == number
     assert stream.readers == [threading.get_ident()] * 5
 
 
@@ -84,9 +90,9 @@ def test_every_thread_gets_its_own_message(stream: Stream) -> None:
         found = []
         for index in range(each):
             number = thread * each + index
-            stream.boxes[number] = BlockingMailbox()
+            box = stream.box(number)
             waiting.put(number)
-            found.append(stream.get(number, 60 if thread == 7 and index > each // 2 else None))
+            found.append(stream.get(number, 60 if thread == 7 and index > each // 2 else None, box))
         return found
 
     def answer() -> None:
@@ -123,9 +129,26 @@ def test_a_thread_with_a_limit_does_not_read_and_does_not_end_the_stream(stream:
         stream.get(0, 0.05)
     assert threading.get_ident() not in stream.readers
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(stream.get, 1)
+        waiting = pool.submit(stream.get, 1, box=stream.box(1))
         stream.messages.put(1)
         assert waiting.result(timeout=10) == 1
+
+
+def test_a_thread_with_a_limit_is_not_appointed(stream: Stream) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(stream.get, 0)
+        wait_until(lambda: stream.readers)
+        # The thread that reads for it starts after it has begun to wait.
+        stream.delivery._has_thread = True
+        limited = pool.submit(stream.get, 1, 60)
+        wait_until(lambda: 1 in stream.boxes)
+        time.sleep(0.05)  # Let it begin to wait; the outcome is the same when it has not.
+        stream.delivery._has_thread = False
+        stream.delivery._start_thread()
+        wait_until(lambda: stream.delivery._waiting)
+        for number, waiting in enumerate((reading, limited)):
+            stream.messages.put(number)
+            assert waiting.result(timeout=10) == number
 
 
 def test_a_reader_that_is_interrupted_leaves_the_others_without_the_stream(stream: Stream) -> None:
@@ -158,11 +181,11 @@ def test_a_signal_handler_that_waits_while_its_thread_reads_is_refused() -> None
             return await super()._step()
 
     stream = Handled()
-    stream.boxes[0] = BlockingMailbox()
+    box = stream.box(0)
     stream.messages.put(0)
-    assert stream.get(0) == 0
+    assert stream.get(0, box=box) == 0
     assert found == [None]
     del stream.boxes[7]
-    stream.boxes[1] = BlockingMailbox()
+    box = stream.box(1)
     stream.messages.put(1)
-    assert stream.get(1) == 1, "the reader left once"
+    assert stream.get(1, box=box) == 1, "the reader left once"

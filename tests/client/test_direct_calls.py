@@ -63,8 +63,9 @@ def echo(requests: Iterator[Request], context: grpc.ServicerContext) -> Iterator
 def hold(requests: Iterator[Request], context: grpc.ServicerContext) -> Iterator[Response]:
     """Answer nothing until the caller leaves."""
     ended = threading.Event()
-    context.add_callback(ended.set)
-    ended.wait()
+    # The call may have ended before this thread began, and then nothing is called.
+    if context.add_callback(ended.set):
+        ended.wait()
     yield from ()
 
 

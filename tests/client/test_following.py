@@ -199,35 +199,50 @@ async def _result(address: str, run_id: str) -> None:
         await (await client.get_run(run_id)).result(timeout=0.05)
 
 
+# It prints a line when its main thread stays at one instruction of a call.
 SCRIPT = """
-import signal, sys
+import signal, sys, threading, time, traceback
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs with it ignored.
 from lattice_client import LatticeClient
+
+def tell():
+    seen = []
+    while len(seen) < 10 or len(set(seen[-10:])) > 1 or not seen[-1]:
+        time.sleep(0.02)
+        frame = sys._current_frames()[threading.main_thread().ident]
+        is_calling = any(found.f_code.co_name == "calling" for found, _ in traceback.walk_stack(frame))
+        seen.append(is_calling and (frame.f_code, frame.f_lasti))
+    print("waiting", flush=True)
+
 with LatticeClient(sys.argv[1]) as client:
     run = client.get_run(sys.argv[2])
-    print("waiting", flush=True)
+    threading.Thread(target=tell).start()
     {follow}
 """
 
 
-def interrupted(follow: str, address: str, run_id: str) -> str:
-    """Return the stderr of a program that Ctrl-C ends while it follows a run."""
+def interrupted(follow: str, address: str, run_id: str, is_due: Callable[[], bool] = lambda: True) -> str:
+    """Return the stderr of a program that Ctrl-C ends, once that is due, while it follows a run."""
     command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run_id]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
-        time.sleep(0.5)
+        while not is_due():
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=WAIT_S)
     return told
 
 
 def test_interrupt_has_a_note_that_the_run_of_a_task_continues() -> None:
-    with running() as (address, run):
-        told = interrupted("client.run_task(lambda: 1)", address, run)
-        with LatticeClient(address) as client:
-            (started,) = (found.run_id for found in client.list_runs() if found.run_id != run)
-    note = f"run '{started}' continues if it was started; `lattice runs cancel {started}` would end it"
+    with running() as (address, run), LatticeClient(address) as client:
+
+        def started() -> list[str]:
+            return [found.run_id for found in client.list_runs() if found.run_id != run]
+
+        told = interrupted("client.run_task(lambda: 1)", address, run, lambda: bool(started()))
+        (run_id,) = started()
+    note = f"run '{run_id}' continues if it was started; `lattice runs cancel {run_id}` would end it"
     assert told.endswith(f"KeyboardInterrupt\n{note}\n")
 
 

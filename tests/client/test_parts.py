@@ -1,8 +1,8 @@
 """Graphs that are larger than a message: the client sends them in parts, with the same result."""
 
 import asyncio
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,20 +156,21 @@ def test_a_large_workflow_is_stored(client: LatticeClient) -> None:
     assert again.store("large-workflow").workflow_id == "large-workflow"
 
 
-def test_many_tasks_are_added_to_a_run(client: LatticeClient) -> None:
+def test_many_tasks_are_added_to_a_run(client: LatticeClient, gate: Path) -> None:
     workflow = client.create_workflow()
-    first = workflow.add_task(slow, task_id="first")
+    first = workflow.add_task(held, {"gate": str(gate)}, task_id="first")
     run = workflow.run()
     more = client.create_workflow()
     found = [more.add_task(one, {"x": first.output}).output for _ in range(1200)]
     more.add_task(total, {"values": found}, task_id="sum")
     assert run.add_tasks(list(more.tasks.values())) == 2
+    gate.write_text("open")
     assert run.output("sum") == 1200 * 2
 
 
 @task
-def slow() -> int:
-    time.sleep(2)
+def held(gate: str) -> int:
+    Path(gate).read_text()
     return 1
 
 

@@ -24,6 +24,7 @@ from lattice_client import (
 from lattice_client.runs.driver import blocking
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.tracebacks import shorten
+from lattice_client.transport import reconnection
 
 ADVICE = "UnavailableError: no Lattice server answers at 127.0.0.1:1: Connection refused; start a server with"
 
@@ -90,7 +91,11 @@ def test_traceback_of_a_refused_connection_is_short(
         lambda client: AsyncRun.of("r", client.api).cancel(),
     ],
 )
-def test_traceback_of_a_refused_call_in_a_coroutine_is_short(call: Callable[[Any], Any]) -> None:
+def test_traceback_of_a_refused_call_in_a_coroutine_is_short(
+    call: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnection, "RECONNECT_S", 0.1)
+
     async def main() -> None:
         async with AsyncLatticeClient("127.0.0.1:1") as client:
             await call(client)

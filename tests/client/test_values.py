@@ -124,17 +124,17 @@ def test_a_value_that_is_slow_to_read_holds_up_its_reader_only(client: LatticeCl
     workflow = client.create_workflow()
     workflow.add_task(sleepy, {"seconds": 3.0})
     run = workflow.run()
+    while run.status() == "running":
+        time.sleep(0.02)
     reader = threading.Thread(target=run.result)
     reader.start()
-    worst_s = 0.0
-    deadline = time.monotonic() + 2.0
-    while time.monotonic() < deadline:
-        asked = time.monotonic()
+    calls = 0
+    while reader.is_alive():
         client.server_info()
-        worst_s = max(worst_s, time.monotonic() - asked)
+        calls += reader.is_alive()
         time.sleep(0.02)
-    reader.join(WAIT_S)
-    assert worst_s < 1.0
+    # Some may have been made before the value was there to be read.
+    assert calls > 5
 
 
 class Sealed:

@@ -89,9 +89,9 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 for name, wait in WAITS.items():
-    threading.Thread(target=interrupt).start()
     began = time.monotonic()
     try:
+        threading.Thread(target=interrupt).start()
         wait()
     except KeyboardInterrupt:
         print(name, round(time.monotonic() - began - 0.2, 2), sep=": ")

@@ -88,7 +88,7 @@ def main() -> None:
         for level in LEVELS:
             found[level] = run(client, fetch_both, both, isolation=level, network=["API.test:80"])
         api = {"url": "http://api.test/"}
-        found["timeout"] = run(client, open_and_wait, api, isolation="seccomp", network=["api.test:80"], timeout=1)
+        found["timeout"] = run(client, open_and_wait, api, isolation="seccomp", network=["api.test:80"], timeout=4)
         found["spawn"] = run(client, spawn_wider, {}, isolation="seccomp", network=["api.test:80"])
         found["none"] = run(client, fetch_both, both, isolation="seccomp")
         found["docker"] = refused(client, ["api.test:80"], "docker")

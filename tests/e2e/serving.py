@@ -3,8 +3,8 @@
     python serving.py HOST PORT [--child FILE] [--slow-start SECONDS] [--stubborn]
 
 `/pid` answers with its process id, `/env/NAME` with a variable, `/say/TEXT` writes a line, `/hold` answers when the
-file that `--hold` names exists, `/exit/STATUS` ends it. Other paths answer with 503 while the file that `--sick`
-names exists.
+file that `--hold` names exists, `/hold/pid` then answers with its process id, `/exit/STATUS` ends it. Other paths
+answer with 503 while the file that `--sick` names exists.
 """
 
 import argparse
@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             case "hold":
                 while not Path(self.given.hold).exists():
                     time.sleep(0.02)
+                text = str(os.getpid()) if value == "pid" else ""
             case "exit":
                 os._exit(int(value))
             case _:

@@ -1,7 +1,6 @@
 """Attempts on agents that outlive a server which is killed: the next life of the server continues them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    found = Head(Path(tmp_path_factory.mktemp("adoption")) / "journal", "--num-cpus", "0")
+    folder = tmp_path_factory.mktemp("adoption")
+    # The agent dials every 2 s at most. On a busy machine that leaves it too little of the default time.
+    (folder / "server.toml").write_text("session_ttl_s = 12.0\n")
+    found = Head(folder / "journal", "--num-cpus", "0", "--config", str(folder / "server.toml"))
     found.start()
     found.join("agent", cpus=1)
     yield found

@@ -85,9 +85,9 @@ def test_the_runs_of_a_killed_caller_are_cancelled_and_their_processes_end(local
             with suppress(subprocess.TimeoutExpired):
                 caller.wait(0.05)
         pids = noted(room)
+        processes = [psutil.Process(pid) for name, pid in pids.items() if name in TIED]
         caller.kill()
         caller.communicate()
-        processes = [psutil.Process(pid) for name, pid in pids.items() if name in TIED]
         assert not psutil.wait_procs(processes, WAIT_S)[1]
         runs = {run.labels["name"]: client.get_run(run.run_id) for run in client.list_runs(labels={"room": room})}
         assert sorted([*runs, "graph"]) == sorted([*TIED, "plain"])

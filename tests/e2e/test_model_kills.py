@@ -24,7 +24,7 @@ from tests.e2e.test_llms import COMMAND, SERVER
 from tests.e2e.test_services import until
 
 KILLS = int(os.environ.get("LATTICE_KILLS", "20"))
-GONE_S = 10.0
+GONE_S = 30.0
 RESULT_S = 120.0
 WORDS = 20
 

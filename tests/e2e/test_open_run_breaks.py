@@ -17,6 +17,7 @@ from lattice_client import (
     AbortedError,
     LatticeClient,
     NotFoundError,
+    OpenRun,
     Question,
     RunCancelledError,
     TaskDefinitionError,
@@ -229,14 +230,19 @@ def test_an_open_run_stays_open_when_a_wait_times_out(client: LatticeClient) -> 
 
 def test_ctrl_c_ends_a_wait_and_the_run(client: LatticeClient) -> None:
     main = threading.get_ident()
+
+    def interrupted(run: OpenRun) -> None:
+        slow = run.add(sleep)
+        with run:
+            threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+            run.output(slow)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run = client.open_run()
-        slow = run.add(sleep)
-        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
         started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), run:
-            run.output(slow)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(run)
         assert time.monotonic() - started < WAIT_S / 2
     finally:
         signal.signal(signal.SIGINT, before)

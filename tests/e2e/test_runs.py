@@ -25,6 +25,7 @@ from lattice_client import (
     task,
 )
 from tests.commands import LATTICE, START
+from tests.e2e.rooms import Room, enter
 
 
 @task
@@ -46,6 +47,12 @@ def gather(values: list[int], named: dict[str, int]) -> dict[str, Any]:
 def nap(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+@task
+def stay(room: str) -> str:
+    enter(room, "stay")
+    return "stayed"
 
 
 def test_outputs_are_wired_inside_lists_and_dicts(client: LatticeClient) -> None:
@@ -140,17 +147,19 @@ def test_a_crash_fails_its_own_task_and_no_other(client: LatticeClient, how: str
     assert len(steady.result(timeout=30)) == 3
 
 
-def test_a_killed_worker_is_replaced_and_its_tasks_run_again(client: LatticeClient) -> None:
+def test_a_killed_worker_is_replaced_and_its_tasks_run_again(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
-    workflow.add_task(nap, {"seconds": 1.0})
+    workflow.add_task(stay, {"room": room})
     run = workflow.run()
     seen = []
     for event in run.events(timeout=60):
         seen.append(event.type)
         if event.type == "task_started" and "task_retrying" not in seen:
             psutil.Process(client.nodes()[0].worker_pid).kill()
+        elif event.type == "task_retrying":
+            room.open()
     assert "task_retrying" in seen
-    assert run.result(timeout=30) == {"result": 1.0}
+    assert run.result(timeout=30) == {"result": "stayed"}
 
 
 def test_output_is_logged_and_cut(client: LatticeClient) -> None:

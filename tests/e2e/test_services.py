@@ -74,6 +74,12 @@ def until(is_so: Callable[[], Any], what: str) -> Any:
     return found
 
 
+def restarted(client: LatticeClient, name: str) -> service_pb2.Service | None:
+    """Return a service that was restarted, whose failure is shown until the next instance is ready; else None."""
+    found = client.services.get(name)
+    return found if found.restarts else None
+
+
 def answer_of(client: LatticeClient, name: str, path: str) -> str:
     return str(client.run_task(ask, {"name": name, "path": path})["result"])
 
@@ -115,8 +121,8 @@ def test_an_instance_is_replaced_when_its_program_is_killed(client: LatticeClien
     started("web")
     first = int(answer_of(client, "web", "pid"))
     os.kill(first, 9)
-    until(lambda: client.services.get("web").restarts == 1, "the end is noticed")
-    assert client.services.get("web").failure.kind == service_pb2.SERVICE_FAILURE_KIND_SIGNALED
+    found = until(lambda: restarted(client, "web"), "the end is noticed")
+    assert (found.restarts, found.failure.kind) == (1, service_pb2.SERVICE_FAILURE_KIND_SIGNALED)
     client.services.ready("web", timeout=WAIT_S)
     assert int(answer_of(client, "web", "pid")) != first
     assert not client.services.get("web").HasField("failure")
@@ -170,15 +176,18 @@ def test_a_question_to_the_server_is_refused_when_its_value_is_no_object_in_json
 
 
 def test_an_idle_service_has_no_process_until_a_task_uses_it(
-    client: LatticeClient, started: Callable[..., Any]
+    client: LatticeClient, started: Callable[..., Any], tmp_path: Path
 ) -> None:
-    started("web", idle_timeout=0.5)
+    hold = tmp_path / "hold"
+    started("web", [*COMMAND, "--hold", str(hold)], idle_timeout=0.5)
     until(lambda: client.services.get("web").state == service_pb2.SERVICE_STATE_IDLE, "the service is idle")
     answers = [client.create_workflow() for _ in range(3)]
     runs = []
     for workflow in answers:
-        workflow.add_task(ask, {"name": "web", "path": "pid"}, task_name="ask")
+        workflow.add_task(ask, {"name": "web", "path": "hold/pid"}, task_name="ask")
         runs.append(workflow.run())
+    until(lambda: sum(one.in_flight for one in client.services.get("web").instances) == 3, "all requests are made")
+    hold.touch()
     assert len({run.result(timeout=WAIT_S)["result"] for run in runs}) == 1
 
 
@@ -189,8 +198,8 @@ def test_a_sick_instance_gets_no_tasks_and_is_replaced(
     command = [*COMMAND, "--sick", str(sick)]
     started("web", command, health="/health", health_interval=0.1, health_failures=2)
     sick.touch()
-    until(lambda: client.services.get("web").restarts, "the instance is replaced")
-    assert client.services.get("web").failure.kind == service_pb2.SERVICE_FAILURE_KIND_UNHEALTHY
+    found = until(lambda: restarted(client, "web"), "the instance is replaced")
+    assert found.failure.kind == service_pb2.SERVICE_FAILURE_KIND_UNHEALTHY
     sick.unlink()
     client.services.ready("web", timeout=WAIT_S)
 

@@ -162,7 +162,7 @@ def test_a_worker_continues_its_attempts_when_it_reconnects(gate: Gate, tmp_path
 
     async def scenario() -> None:
         apart = Apart(tmp_path)
-        async with serving(apart) as app, connected(app) as client:
+        async with serving(apart, session_ttl_s=TIMEOUT_S) as app, connected(app) as client:
             assert apart.proxy is not None
             workflow = client.create_workflow()
             for name in names:
@@ -195,7 +195,7 @@ def test_short_work_survives_cuts_at_any_moment(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         apart = Apart(tmp_path)
-        async with serving(apart) as app, connected(app) as client:
+        async with serving(apart, session_ttl_s=TIMEOUT_S) as app, connected(app) as client:
             assert apart.proxy is not None
             workflow = client.create_workflow()
             for name in names:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,16 @@ def tell(room: str) -> str:
     raise ValueError(f"refused: {value}")
 
 
+def shown_of_processes(server: Server, *names: str) -> list[str]:
+    """Return files of this name below /proc of all processes that the server started and that have not ended."""
+    found = []
+    for one in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += [Path(f"/proc/{one.pid}/{name}").read_bytes().decode(errors="replace") for name in names]
+    assert found
+    return found
+
+
 def test_server_stores_shows_and_writes_no_secret(
     server: Server, search: LatticeClient, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,12 +241,7 @@ def test_server_stores_shows_and_writes_no_secret(
         urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode(),
     ]
     # What `ps` shows of the processes of the server, and of their environments.
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    texts += [
-        Path(f"/proc/{one.pid}/{name}").read_bytes().decode(errors="replace")
-        for one in processes
-        for name in ("cmdline", "environ", "comm")
-    ]
+    texts += shown_of_processes(server, "cmdline", "environ", "comm")
     room.open()
     with pytest.raises(TaskFailedError) as caught:
         run.result(timeout=WAIT_S)
@@ -280,8 +286,7 @@ def test_keys_of_models_and_secrets_of_services_are_stored_and_shown_nowhere(
     for run_id in (instance.run_id, str(run)):
         texts += [str(search.describe_run(run_id)), str(search.run_graph(run_id)), str(search.list_tasks(run_id))]
     texts.append(urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode())
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    texts += [Path(f"/proc/{one.pid}/cmdline").read_bytes().decode(errors="replace") for one in processes]
+    texts += shown_of_processes(server, "cmdline")
     room.open()
     base_url, _, status, answer = run.result(timeout=WAIT_S)["result"]
     assert status == 200

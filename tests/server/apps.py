@@ -13,6 +13,8 @@ from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact, Executor, Machine, Membership
 
 START_S = 60.0
+# A busy machine may stop a worker for longer than by default it may be silent; its attempts would then run again.
+SESSION_TTL_S = 12.0
 
 
 class NoWorkers:
@@ -45,7 +47,8 @@ class NoWorkers:
 
 def build(executor: Executor | None = None, **settings: Any) -> App:
     """Return an unstarted server on a port of its own; with its own kind of workers when `executor` is given."""
-    config = ServerConfig(**{"port": 0, "executor": "local", "num_cpus": 2} | settings)
+    known = {"port": 0, "executor": "local", "num_cpus": 2, "session_ttl_s": SESSION_TTL_S}
+    config = ServerConfig(**known | settings)
     if executor is None:
         return App(config)
     with mock.patch("lattice_server.app.executor_of", return_value=executor):

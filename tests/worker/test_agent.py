@@ -248,11 +248,18 @@ def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -
     play(scenario, tmp_path)
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
 DRAINED, SHUTDOWN = worker_pb2.CLOSE_REASON_DRAINED, worker_pb2.CLOSE_REASON_SHUTDOWN
 OF_ANOTHER_VERSION = 1000
 
 
-@pytest.mark.parametrize("reason", [*set(worker_pb2.CloseReason.values()) - {SHUTDOWN}, OF_ANOTHER_VERSION])
+# The worker treats the other reasons alike, and each takes a worker.
+OTHERS = sorted({*worker_pb2.CloseReason.values()} - {SHUTDOWN, DRAINED})
+
+
+@pytest.mark.parametrize(
+    "reason", [DRAINED, OF_ANOTHER_VERSION, OTHERS[-1], *(pytest.param(one, marks=EXHAUSTIVE) for one in OTHERS[:-1])]
+)
 def test_a_worker_that_is_closed_for_good_ends(reason: int, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.say(close={"reason": reason, "message": "so it is"})

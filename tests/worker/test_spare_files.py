@@ -328,7 +328,9 @@ def test_writer_that_is_killed_leaves_neither_its_file_nor_a_spare(store: Path) 
     assert [path for path in store.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 3 else pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(8)]
+)
 def test_values_stay_as_they_were_written_while_others_are_written_and_dropped(seed: int, store: Path) -> None:
     rng = random.Random(seed)
     keeper = SpareKeeper(str(store), limit_bytes=6 * SIZE)

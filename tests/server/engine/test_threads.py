@@ -341,9 +341,8 @@ def test_events_beyond_those_of_a_pass_are_taken_after_it() -> None:
         try:
             for _ in range(10):
                 bus.post([event(number) for number in range(60)])
-            async with asyncio.timeout(5):
-                while len(machine.taken) < 600:
-                    await asyncio.sleep(0.001)
+            while len(machine.taken) < 600:
+                await asyncio.sleep(0.001)
         finally:
             await asyncio.to_thread(scheduler.stop)
 

@@ -91,7 +91,7 @@ def test_a_large_result_delays_no_other_answer(busy: Caller, monkeypatch: pytest
     stream.hang_up()
     is_slow.clear()
     ended = stream.hear("ended", "ended")
-    assert [found.number for found in ended] == [1, 2]
+    assert {found.number for found in ended} == {1, 2}
     assert [[one.task_id for one in found.ended.final_tasks] for found in ended] == [["a", "b"]] * 2
     assert next(stream.call, None) is None
 
@@ -191,9 +191,8 @@ def test_a_message_that_cannot_be_read_ends_the_stream(busy: Caller) -> None:
         next(method(iter([b"\xff"]), timeout=TIMEOUT_S))
 
 
-@pytest.mark.parametrize("has_run", [False, True])
-def test_a_server_that_stops_ends_streams_that_wait_for_nothing_at_once(has_run: bool) -> None:
-    grace_s = 1.0
+@pytest.mark.parametrize(("has_run", "grace_s"), [(False, TIMEOUT_S), (True, 1.0)])
+def test_a_server_that_stops_ends_streams_that_wait_for_nothing_at_once(has_run: bool, grace_s: float) -> None:
     with contextlib.ExitStack() as serving:
         address = serving.enter_context(serving_aside(NoWorkers(), stop_grace_s=grace_s))
         with calling(address) as caller:

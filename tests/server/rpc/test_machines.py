@@ -1,7 +1,8 @@
 """The streams of machines on which Ray starts the workers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.server.rpc.scripted_worker import Scene, ScriptedWorker, play
 TTL_S = 0.9
 # Longer than any test: nothing falls silent.
 LONG_S = 3600.0
+LIMIT_S = 60.0
 RAY = RayCluster("10.0.0.1:6379", "token", "resource", "ray 1 on python 3")
 
 
@@ -164,21 +166,27 @@ def test_machine_does_not_leave_ray_when_it_serves_its_node_itself() -> None:
 class Stream:
     """A machine's stream without a network; a test chooses its messages and its end."""
 
-    def __init__(self, *said: worker_pb2.ConnectRequest) -> None:
+    def __init__(self, *said: worker_pb2.ConnectRequest, session_ttl_s: float = LONG_S) -> None:
         self.executor = TakesMachines()
-        self.has_hung_up, self.is_read_no_more = asyncio.Event(), asyncio.Event()
+        self.is_read_no_more = asyncio.Event()
+        self._said: asyncio.Queue[worker_pb2.ConnectRequest | None] = asyncio.Queue()
+        for request in said:
+            self.say(request)
         nobody: Any = SimpleNamespace(nodes=self._nodes)
-        machines = Machines(ServerConfig(session_ttl_s=LONG_S), self.executor, nobody, nobody)
-        self.responses = machines.serve(worker_pb2.Join(node_id="m"), self._requests(said))
+        machines = Machines(ServerConfig(session_ttl_s=session_ttl_s), self.executor, nobody, nobody)
+        self.responses = machines.serve(worker_pb2.Join(node_id="m"), self._requests())
+
+    def say(self, request: worker_pb2.ConnectRequest | None) -> None:
+        """Send a message; None ends the machine's side of the stream."""
+        self._said.put_nowait(request)
 
     async def _nodes(self) -> Any:
         return SimpleNamespace(nodes=[])
 
-    async def _requests(self, said: Iterable[worker_pb2.ConnectRequest]) -> AsyncIterator[worker_pb2.ConnectRequest]:
+    async def _requests(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
         try:
-            for request in said:
+            while (request := await self._said.get()) is not None:
                 yield request
-            await self.has_hung_up.wait()
         finally:
             self.is_read_no_more.set()
 
@@ -196,6 +204,31 @@ def test_machine_leaves_when_its_stream_breaks_before_the_answer() -> None:
     asyncio.run(scenario())
 
 
+def test_machine_stays_when_this_thread_stalls_for_longer_than_it_may_be_silent() -> None:
+    async def scenario() -> None:
+        stream = Stream(session_ttl_s=TTL_S)
+
+        async def send() -> None:
+            async for _ in stream.responses:
+                pass
+
+        async def settle() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        sending = asyncio.create_task(send())
+        await settle()
+        time.sleep(2 * TTL_S)  # That is the point.
+        await settle()  # Timers are due first; messages that came meanwhile are read after them.
+        assert stream.executor.left.empty()
+        stream.say(worker_pb2.ConnectRequest())
+        assert await stream.executor.left.get() == "m", "it is silent now"
+        await sending
+
+    callers.enter(callers.TRUSTED)
+    asyncio.run(asyncio.wait_for(scenario(), LIMIT_S))
+
+
 def test_machine_has_time_to_read_the_last_message() -> None:
     async def scenario() -> None:
         leaving = worker_pb2.ConnectRequest(draining=worker_pb2.Draining())
@@ -207,7 +240,7 @@ def test_machine_has_time_to_read_the_last_message() -> None:
         for _ in range(10):
             await asyncio.sleep(0)
         assert not end.done()
-        stream.has_hung_up.set()
+        stream.say(None)
         assert await end is None
         assert stream.executor.left.get_nowait() == "m"
 

@@ -14,7 +14,7 @@ from lattice_client.errors import LatticeError
 from lattice_server.telemetry import catalogue
 from tests.server.telemetry.workload import double, fail, fail_once
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 TESTS = Path(__file__).parents[2]
 WEB = [sys.executable, str(TESTS / "e2e" / "serving.py"), "{host}", "{port}"]
 MODEL = [sys.executable, str(TESTS / "tools" / "openai_server.py"), "{host}", "{port}"]
