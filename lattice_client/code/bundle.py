@@ -57,7 +57,7 @@ class Found:
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for pattern in self.choice.exclude:
             if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(module, pattern):
-                # What is below an excluded folder is not looked at, so that it may be a module.
+                # A folder without a suffix may be a module: the search does not enter an excluded folder.
                 is_data = "." in os.path.basename(path) and not path.endswith(".py")
                 self.left_out[path if is_data else module] = f"is left out by exclude=[{pattern!r}]"
                 return True

@@ -57,8 +57,8 @@ def files_of(name: str, *, is_named: bool = False, is_excluded: IsExcluded = not
     """Return the files of a top-level module by their names relative to `sys.path`, or the reason to leave it out.
 
     The reason is empty for a module of the standard library, and for one that does not exist. For a module that the
-    user named, by `is_named`, the files are returned even when it is installed. What is excluded is not looked at, as
-    in `tree`.
+    user named, by `is_named`, the files are returned even when it is installed. Excluded files are left
+    out, as in `tree`.
     """
     module = sys.modules.get(name)
     spec: ModuleSpec | None = getattr(module, "__spec__", None)

@@ -272,7 +272,7 @@ def define(
 
 
 def _advice(name: str, task: str) -> str:
-    """Return what does here what a method of another system does."""
+    """Return the counterpart of a method of another system, as advice."""
     if name in RUNNING:
         way = (
             f"client.run_task({task}, {{...}}) runs it, and workflow.add_task({task}, {{...}}) makes it part of a graph"

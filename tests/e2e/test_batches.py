@@ -128,7 +128,7 @@ def test_an_item_that_fails_is_tried_again_without_the_others(client: LatticeCli
         (b"abc", "a batch of 3 must return a list; it returned bytes"),
     ],
 )
-def test_a_batch_fails_when_its_function_does_not_return_a_list_with_a_value_for_each_member(
+def test_batch_fails_unless_it_returns_a_list_with_a_value_for_each_member(
     client: LatticeClient, returned: Any, text: str
 ) -> None:
     def miscount(value: list[int]) -> Any:

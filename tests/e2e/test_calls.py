@@ -200,6 +200,6 @@ def test_a_call_that_can_never_start_fails_at_once(local: str) -> None:
         assert "gpu that it needs is held by 'outer'" in text
 
 
-def test_a_forked_child_of_a_task_is_refused_what_only_the_task_can_do(client: LatticeClient) -> None:
+def test_calls_spawns_and_waits_are_refused_in_a_forked_child(client: LatticeClient) -> None:
     refused = "RuntimeError: there is no task running here; this works inside tasks, and not in processes they fork"
     assert client.run_task(forker, {}) == {"result": [refused] * 5 + ["2"]}

@@ -248,9 +248,7 @@ def test_a_bundle_is_sent_once_and_again_to_a_server_that_lacks_it(tmp_path: Pat
             head.close()
 
 
-def test_classes_of_a_script_keep_their_qualified_names_so_that_retry_policies_find_them(
-    address: str, tmp_path: Path
-) -> None:
+def test_classes_of_a_script_keep_their_qualified_names(address: str, tmp_path: Path) -> None:
     program = """
         import dataclasses, enum, pickle, typing
         from lattice_client import LatticeClient, context, task
