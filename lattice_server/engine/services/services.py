@@ -124,8 +124,13 @@ class Services:
         """Stop a service; it is forgotten when its last instance has ended."""
         self._driver.post(entry, Stopped())
 
-    async def wait(self, entry: ServiceEntry, wait_s: float) -> None:
-        """Wait until a service has an instance that is ready, or has failed. This uses it."""
+    async def wait_started(self, entry: ServiceEntry, wait_s: float) -> None:
+        """As `wait`; also until the program of a definition that was never ready ends by itself."""
+        starts = entry.machine.starts
+        await self.wait(entry, wait_s, partial(starts.has_told, starts.failures))
+
+    async def wait(self, entry: ServiceEntry, wait_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Wait until a service has an instance that is ready, or has failed, or `is_over`. This uses it."""
         if wait_s <= 0 or entry.machine.state in SETTLED:
             return
         entry.calls += 1
@@ -133,7 +138,7 @@ class Services:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    while entry.machine.state not in SETTLED and not entry.machine.is_gone:
+                    while not (entry.machine.state in SETTLED or entry.machine.is_gone or is_over()):
                         await entry.changed()
         finally:
             entry.calls -= 1
