@@ -80,7 +80,7 @@ class AsyncServices:
         ends_at = None if timeout is None else self._rpc.now() + timeout
         if wait:
             request.wait.CopyFrom(duration(CALL_S if timeout is None else max(0.0, min(CALL_S, timeout))))
-        found = (await self._rpc.call(call, request)).service
+        found: service_pb2.Service = (await self._rpc.call(call, request)).service
         if not wait or found.state not in UNREADY:
             return found
         if found.state == service_pb2.SERVICE_STATE_FAILED:
