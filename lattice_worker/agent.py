@@ -57,7 +57,7 @@ class Agent:
         self._pool = Pool(
             max(1, int(self._capacity.cpu)),
             self._staging,
-            Zygotes(config.server, config.gateway_port),
+            Zygotes(config.server, config.gateway_port, config.preload),
             config.engine,
             Egress(config.egress_networks),
             config.named_group,
