@@ -6,7 +6,7 @@ Rule: it decides here and nowhere else; the engine reports facts and carries out
 from dataclasses import replace
 from typing import assert_never
 
-from lattice_server.core.services.demand import Demand
+from lattice_server.core.services.demand import SHRINK_DELAY_S, Demand
 from lattice_server.core.services.instances import UNUSED, Instance, elsewhere, replacement_at, victims
 from lattice_server.core.services.messages import (
     CancelInstance,
@@ -41,7 +41,7 @@ from lattice_server.core.services.restarts import Restarts
 class Service:
     """The machine of one service. Times are monotonic seconds."""
 
-    def __init__(self, spec: ServiceSpec) -> None:
+    def __init__(self, spec: ServiceSpec, shrink_delay_s: float = SHRINK_DELAY_S) -> None:
         self.spec = spec
         self.revision = 1
         self.instances: dict[str, Instance] = {}
@@ -50,7 +50,7 @@ class Service:
         self.is_stopping = self.is_gone = False
         self.starts = Restarts()
         self._numbers = 0
-        self.demand = Demand(is_asleep=spec.replicas == 0)
+        self.demand = Demand(is_asleep=spec.replicas == 0, shrink_delay_s=shrink_delay_s)
 
     # What callers see.
 

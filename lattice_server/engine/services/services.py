@@ -20,6 +20,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Bundle, Function, NodeSpec
+from lattice_server.core.services.demand import SHRINK_DELAY_S
 from lattice_server.core.services.messages import Defined, NodesChanged, Scaled, Stopped, UseChanged
 from lattice_server.core.services.model import ServiceSpec, ServiceState
 from lattice_server.core.services.service import Service
@@ -54,7 +55,9 @@ class Services:
         gateway: Function,
         post: Callable[[Sequence[SchedulerEvent]], None],
         interface: str,
+        shrink_delay_s: float = SHRINK_DELAY_S,
     ) -> None:
+        self._shrink_delay_s = shrink_delay_s
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self.observers: list[ServiceObserver] = []
@@ -85,7 +88,7 @@ class Services:
             if sum(found.tenant == tenant for found in self._services.values()) >= MAX_SERVICES:
                 text = f"the tenant has {MAX_SERVICES} services; stop one first"
                 raise ExhaustedError("TOO_MANY_SERVICES", text)
-            entry = self._services[key] = ServiceEntry(Service(spec), tenant, bundle)
+            entry = self._services[key] = ServiceEntry(Service(spec, self._shrink_delay_s), tenant, bundle)
             self._driver.begin(entry)
             self._models.update()
             self._needs.tell(entry)
