@@ -129,7 +129,7 @@ class Engine:
             self.orchestrator.requirements.secrets.replace(read_secrets(Path(config.secrets_file)))
         functions = function_of_worker(INSTANCE), function_of_worker(GATEWAY)
         interface = address_for_others(config.node_ip or config.host)
-        self.services = Services(self.orchestrator, *functions, self.bus.post, interface)
+        self.services = Services(self.orchestrator, *functions, self.bus.post, interface, config.shrink_delay_s)
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits, is_restoring=self.journal is not None),
             self.bus,

@@ -63,7 +63,8 @@ class ServerConfig:
     A worker without a message for `session_ttl_s` is lost, and its attempts are requeued. Ray listens on `node_ip`,
     by default on the address of the server. With a `ray_address`, `ray_workers` workers are placed in that Ray
     cluster, each with `num_cpus` and `num_gpus`. An open run without a stream for `open_run_grace_s` is cancelled;
-    questions to callers, and their answers, have at most `question_limit_bytes`. A `token` has all scopes, and a
+    questions to callers, and their answers, have at most `question_limit_bytes`. A service has fewer instances once its
+    load has needed fewer for `shrink_delay_s`. A `token` has all scopes, and a
     `tokens_file` has the scopes of other tokens; without either, every caller has all scopes. A `secrets_file` has
     secrets of tasks. Large values are files in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of
     it are free when the server starts, or else in `TMPDIR`.
@@ -132,6 +133,7 @@ class ServerConfig:
     max_map_items: int = 100_000
     max_spawn_depth: int = 100
     open_run_grace_s: float = 30.0
+    shrink_delay_s: float = 60.0
     question_limit_bytes: int = 1024 * 1024
     chunk_limit_bytes: int = bounded(256 * 1024, least=0, most=1024 * 1024)
     limits: Mapping[str, int] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.outbox import Leases, Outbox
+from lattice_worker.output_reports import OutputReports
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
@@ -56,7 +57,7 @@ class Agent:
         self._pool = Pool(
             max(1, int(self._capacity.cpu)),
             self._staging,
-            Zygotes(config.server, config.gateway_port),
+            Zygotes(config.server, config.gateway_port, config.preload),
             config.engine,
             Egress(config.egress_networks),
             config.named_group,
@@ -66,9 +67,10 @@ class Agent:
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
         self._local_store = LocalStore(store, config.store_name, self._staging, lambda: self._artifacts, self._fetcher)
         self._limits = Limits()
-        self._questions = Questions(self._emit, self._limits, self._local_store)
-        self._streams = Streams(self._emit, self._limits)
-        reports = AttemptReports(self._local_store, self._limits, self._emit, self._ended)
+        output = OutputReports(self._emit)
+        self._questions = Questions(output.report, self._limits, self._local_store)
+        self._streams = Streams(output.report, self._limits)
+        reports = AttemptReports(self._local_store, self._limits, output, self._ended)
         self._executor = AttemptExecutor(
             self._pool, self._local_store, reports, self._questions, self._streams, self._limits, self._ask
         )

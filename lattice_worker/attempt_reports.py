@@ -1,4 +1,4 @@
-"""Reports about leases: starts, output, spawned tasks and ends.
+"""Reports about leases: starts, spawned tasks and ends.
 
 Rule: a lease ends in one report for each of its attempts, or in one that returns it, and then `on_ended` is called.
 """
@@ -17,28 +17,29 @@ from lattice_worker.egress.agent import Connection
 from lattice_worker.invocation import failed
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
+from lattice_worker.output_reports import OutputReports
 from lattice_worker.tracing import traced_from_frame, traced_item
 
 # A start is reported late, so that a short attempt needs one message instead of two.
 START_DELAY_S = 0.002
-LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report holds.
 # Answers of so many values, or so many bytes, are converted away from the event loop.
 LARGE_ANSWER_BLOBS = 500
 LARGE_ANSWER_BYTES = 1024 * 1024
 
 
 class AttemptReports:
-    """Makes reports. `emit` takes each; `on_ended` takes a lease that is over, and its outputs if it succeeded."""
+    """Makes reports. `output` takes each; `on_ended` takes a lease that is over, and its outputs if it succeeded."""
 
     def __init__(
         self,
         local_store: LocalStore,
         limits: Limits,
-        emit: Callable[[worker_pb2.Report], None],
+        output: OutputReports,
         on_ended: Callable[[str, convert.Outputs | None], None],
     ) -> None:
         self._local_store, self._limits = local_store, limits
-        self._emit, self._on_ended = emit, on_ended
+        self._emit, self._on_ended = output.report, on_ended
+        self.log = output.log
         self._unreported: dict[str, int] = {}  # Starts, in nanoseconds since the epoch.
         self._start_timer: asyncio.TimerHandle | None = None
         self._converting: set[asyncio.Task[None]] = set()
@@ -64,15 +65,6 @@ class AttemptReports:
         report = convert.report(lease_id, started_ns)
         report.started.SetInParent()
         self._emit(report)
-
-    def log(self, lease_id: str, stream: str, text: str, truncated: bool) -> None:
-        """Report output."""
-        for start in range(0, len(text), LOG_CHARACTERS):
-            report = convert.report(lease_id, time.time_ns())
-            report.log.stream = convert.log_stream(stream)
-            report.log.text = text[start : start + LOG_CHARACTERS]
-            report.log.truncated = truncated
-            self._emit(report)
 
     def access(self, lease_id: str, access: dict[str, Any], *, is_final: bool = False) -> None:
         """Report the accesses of a sandbox to a server: the first of them, or all of them."""

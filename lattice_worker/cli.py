@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from lattice_worker.node_join import Joiner
 from lattice_worker.zygotes import GATEWAY_PORT
 
 PR_SET_PDEATHSIG = 1
+PRELOAD = "LATTICE_PRELOAD"
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most containers, values are kept on disk.
 STORE_PREFIX = "lattice-worker-"
@@ -101,7 +103,18 @@ def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConf
         named_group=os.environ.get("LATTICE_CGROUP"),
         egress_networks=_networks(os.environ.get("LATTICE_EGRESS_NETWORKS", "")),
         gateway_port=_port(os.environ.get(GATEWAY_PORT, "")),
+        preload=_modules(os.environ.get(PRELOAD, "")),
     )
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    """Return a list of modules. Exits when one is none, or is not installed here."""
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    for name in names:
+        package = name.partition(".")[0]
+        if not all(part.isidentifier() for part in name.split(".")) or find_spec(package) is None:
+            sys.exit(f"lattice_worker: {PRELOAD} must be modules by commas, and there is no module {name!r}")
+    return names
 
 
 def _networks(text: str) -> str:

@@ -21,6 +21,7 @@ class WorkerConfig:
             empty for none.
         gateway_port: the port at which the gateway listens for those of other nodes; 0 for a free one.
         egress_networks: networks that are not public, and that tasks may connect to when they list servers there.
+        preload: modules that are imported once, before the processes of tasks are forked.
         tls_ca, tls_cert, tls_key: PEM files.
     """
 
@@ -46,3 +47,4 @@ class WorkerConfig:
     egress_networks: str = ""
     gateway_port: int = 0
     named_group: str | None = None
+    preload: tuple[str, ...] = ()

@@ -52,8 +52,10 @@ class Zygote:
         asyncio.get_running_loop().add_reader(control, self._read)
 
     @classmethod
-    async def start(cls, on_gone: "Callable[[Zygote], None]", environment: Mapping[str, str]) -> "Zygote":
-        """Start a zygote. Raises OSError."""
+    async def start(
+        cls, on_gone: "Callable[[Zygote], None]", environment: Mapping[str, str], preload: Sequence[str] = ()
+    ) -> "Zygote":
+        """Start a zygote that imports modules first. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -62,6 +64,7 @@ class Zygote:
                     str(PROGRAM),
                     str(theirs.fileno()),
                     str(host.descriptor_limit()),
+                    *preload,
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env=environment,

@@ -13,7 +13,7 @@ from lattice_client.graph.environment import Secret
 
 COLUMNS = ("service", "state", "ready", "in flight", "restarts", "endpoint", "detail")
 REACH = click.Choice(["node", "cluster"])
-INSTANCE_COLUMNS = ("instance", "state", "node", "endpoint", "in flight", "run")
+INSTANCE_COLUMNS = ("instance", "state", "node", "endpoint", "in flight", "run", "detail")
 
 
 @click.group()
@@ -157,7 +157,7 @@ def show_service(server: Server, as_json: bool, name: str) -> None:
 
 def _instance_row(one: service_pb2.ServiceInstance) -> tuple[str, ...]:
     state = service_pb2.InstanceState.Name(one.state).removeprefix("INSTANCE_STATE_").lower()
-    return (one.instance_id, state, one.node_id, one.endpoint, str(one.in_flight), one.run_id)
+    return (one.instance_id, state, one.node_id, one.endpoint, str(one.in_flight), one.run_id, one.detail)
 
 
 @services.command()

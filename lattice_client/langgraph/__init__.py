@@ -10,6 +10,19 @@ worker; `codec`, `references` and `proxies` carry values and live objects betwee
 run of one invocation. Only the process of a graph, and a worker that runs one of its nodes, need LangGraph installed.
 """
 
-from lattice_client.langgraph.client import LangGraphClient
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lattice_client.langgraph.client import LangGraphClient
+else:
+
+    def __getattr__(name):
+        """Import the public class when it is used: a worker imports `remote`, which needs neither it nor gRPC."""
+        if name != "LangGraphClient":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from lattice_client.langgraph.client import LangGraphClient
+
+        return LangGraphClient
+
 
 __all__ = ["LangGraphClient"]

@@ -1,7 +1,7 @@
 """Owns the calls of `ServicesService`. Rule: a repeated call changes nothing more."""
 
 from collections.abc import AsyncIterator
-from typing import Unpack
+from typing import Any, Unpack
 from uuid import uuid4
 
 from lattice.v1 import service_pb2
@@ -16,6 +16,16 @@ from lattice_client.transport.requests import duration, made
 # One call waits no longer than this; the server's limit is 5 minutes.
 CALL_S = 240.0
 WAITING = frozenset({service_pb2.SERVICE_STATE_STARTING, service_pb2.SERVICE_STATE_IDLE})
+UNREADY = WAITING | {service_pb2.SERVICE_STATE_FAILED}
+# A program that failed in one of these ways is started again; who started it is told all the same.
+OWN_FAILURES = frozenset(
+    {
+        service_pb2.SERVICE_FAILURE_KIND_EXITED,
+        service_pb2.SERVICE_FAILURE_KIND_SIGNALED,
+        service_pb2.SERVICE_FAILURE_KIND_OUT_OF_MEMORY,
+        service_pb2.SERVICE_FAILURE_KIND_OUT_OF_GPU_MEMORY,
+    }
+)
 
 
 @shorten
@@ -48,7 +58,8 @@ class AsyncServices:
 
         Raises:
             TaskDefinitionError: a setting is wrong; nothing was sent.
-            ServiceFailedError: its instances cannot start; the error has the last lines of the program.
+            ServiceFailedError: its instances cannot start, or the program of the first one has ended by itself; the
+                error has its last lines. After the first end the server tries again, for which `ready` waits.
             TimeoutError: no instance was ready in time; the service continues to start.
             RequestError: the server refused it.
         """
@@ -62,15 +73,30 @@ class AsyncServices:
         request = made(
             service_pb2.StartServiceRequest, spec=spec, bundle=bundle, tenant=self._tenant, request_id=uuid4().hex
         )
-        found = (await self._rpc.call(self._rpc.services.StartService, request)).service
-        return await self.ready(spec.name, timeout) if wait else found
+        return await self._start(self._rpc.services.StartService, request, wait=wait, timeout=timeout)
+
+    async def _start(self, call: Any, request: Any, *, wait: bool, timeout: float | None) -> service_pb2.Service:
+        """Make the call that starts a service; see `start`."""
+        ends_at = None if timeout is None else self._rpc.now() + timeout
+        if wait:
+            request.wait.CopyFrom(duration(CALL_S if timeout is None else max(0.0, min(CALL_S, timeout))))
+        found: service_pb2.Service = (await self._rpc.call(call, request)).service
+        if not wait or found.state not in UNREADY:
+            return found
+        if found.state == service_pb2.SERVICE_STATE_FAILED:
+            raise failed(found)
+        if found.failure.kind in OWN_FAILURES:
+            raise failed(found, f"; the server tries again, and services.ready({found.spec.name!r}) waits for that")
+        return await self._ready(found.spec.name, ends_at, timeout)
 
     async def ready(self, name: str, timeout: float | None = None) -> service_pb2.Service:
         """Wait until a service has an instance that is ready; an idle service starts one.
 
         Raises NotFoundError, ServiceFailedError, TimeoutError.
         """
-        ends_at = None if timeout is None else self._rpc.now() + timeout
+        return await self._ready(name, None if timeout is None else self._rpc.now() + timeout, timeout)
+
+    async def _ready(self, name: str, ends_at: float | None, timeout: float | None) -> service_pb2.Service:
         while True:
             left_s = CALL_S if ends_at is None else max(0.0, min(CALL_S, ends_at - self._rpc.now()))
             request = made(service_pb2.GetServiceRequest, name=name, wait=duration(left_s))
@@ -80,7 +106,8 @@ class AsyncServices:
             if found.state not in WAITING:
                 return found
             if ends_at is not None and self._rpc.now() >= ends_at:
-                raise TimeoutError(f"service {name!r} was not ready within {timeout:g} s; it continues to start")
+                why = "".join(f": {one.detail}" for one in found.instances[:1] if one.detail)
+                raise TimeoutError(f"service {name!r} was not ready within {timeout:g} s{why}; it continues to start")
 
     async def get(self, name: str) -> service_pb2.Service:
         """Return a service as it is. Raises NotFoundError."""
@@ -144,8 +171,8 @@ class AsyncServices:
                 return
 
 
-def failed(service: service_pb2.Service) -> errors.ServiceFailedError:
+def failed(service: service_pb2.Service, note: str = "") -> errors.ServiceFailedError:
     """Return the error of a service whose instances cannot start."""
     failure = service.failure
     kind = service_pb2.ServiceFailureKind.Name(failure.kind).removeprefix("SERVICE_FAILURE_KIND_").lower()
-    return errors.ServiceFailedError(service.spec.name, kind, failure.message, tuple(failure.last_lines))
+    return errors.ServiceFailedError(service.spec.name, kind, f"{failure.message}{note}", tuple(failure.last_lines))

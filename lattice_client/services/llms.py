@@ -120,7 +120,8 @@ class AsyncLlms(AsyncServices):
 
         Raises:
             TaskDefinitionError: a setting is wrong; nothing was sent.
-            ServiceFailedError: the engine cannot start; the error has its last lines.
+            ServiceFailedError: the engine cannot start, or the first one has ended by itself; the error has its last
+                lines. After the first end the server tries again, for which `LatticeClient.services.ready` waits.
             TimeoutError: no instance was ready in time; the engine continues to start.
             RequestError: the server refused it.
         """
@@ -150,8 +151,7 @@ class AsyncLlms(AsyncServices):
             api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),
         )
         request = made(llm_pb2.StartLlmRequest, spec=spec, tenant=self._own_tenant, request_id=uuid4().hex)
-        service = (await self._channel.call(self._channel.llms.StartLlm, request)).service
-        return await self.ready(name, timeout) if wait else service
+        return await self._start(self._channel.llms.StartLlm, request, wait=wait, timeout=timeout)
 
     async def list(self) -> builtins.list[service_pb2.Service]:
         """Return the models, by name."""

@@ -28,7 +28,7 @@ class LlmServicer(llm_pb2_grpc.LlmServiceServicer):
             earlier = self._services.find(request.spec.name, Reach(tenant))
             spec = with_key(llm_from_proto(request.spec), None if earlier is None else earlier.machine.spec)
             entry, changed = self._services.start(spec, tenant, None)
-            await self._services.wait(entry, wait_s)
+            await self._services.wait_started(entry, wait_s)
             return llm_pb2.StartLlmResponse(service=service_to_proto(entry), changed=changed)
 
         return await self._cache.once(request, start)

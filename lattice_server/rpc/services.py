@@ -42,7 +42,7 @@ class ServicesServicer(service_pb2_grpc.ServicesServiceServicer):
             tenant = callers.tenant_named(request.tenant)
             bundle = self._bundle(request, spec.bundle, Reach(tenant, callers.reach().is_any))
             entry, changed = self._services.start(spec, tenant, bundle)
-            await self._services.wait(entry, wait_s)
+            await self._services.wait_started(entry, wait_s)
             return service_pb2.StartServiceResponse(service=service_to_proto(entry), changed=changed)
 
         return await self._cache.once(request, start)

@@ -11,8 +11,6 @@ import termios
 import threading
 import time
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 from lattice_worker.runner.asking import Questions
@@ -49,7 +47,7 @@ class Output:
         self._limit = limit
         self._is_open = True
         self._lock = threading.RLock()  # A signal handler may print while its thread does.
-        self._pending: list[tuple[str, str]] = []
+        self._pending: list[list[str]] = []  # A stream and its text; neighbours are of different streams.
         self._pending_bytes = 0
         self.questions = Questions(channel, header["id"])
         # See `lattice_worker.runner.tracing`.
@@ -63,9 +61,15 @@ class Output:
         with self._lock:
             if self._left < 0 or not self._is_open:
                 return
-            self._pending.append((stream, text[: self._left]))
-            self._pending_bytes += len(text)
-            self._left -= len(text)
+            size = len(text)
+            taken = text if size <= self._left else text[: self._left]
+            # One `print` is several writes.
+            if self._pending and self._pending[-1][0] == stream:
+                self._pending[-1][1] += taken
+            else:
+                self._pending.append([stream, taken])
+            self._pending_bytes += size
+            self._left -= size
             if self._left < 0:
                 self.flush()
                 notice = f"[output cut after {self._limit} bytes]\n"
@@ -78,11 +82,7 @@ class Output:
         with self._lock:
             if self._pending:
                 pending, self._pending, self._pending_bytes = self._pending, [], 0
-                # One `print` is several writes.
-                parts = [
-                    [stream, "".join(text for _, text in group)] for stream, group in groupby(pending, itemgetter(0))
-                ]
-                self._channel.send(self._header(parts, truncated=False))
+                self._channel.send(self._header(pending, truncated=False))
 
     def close(self) -> None:
         """Send pending text; a thread that outlives the invocation can neither write nor ask."""

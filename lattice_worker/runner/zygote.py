@@ -1,4 +1,4 @@
-"""The zygote: a process that has imported the runner and nothing else, and forks one whenever the agent asks.
+"""The zygote: a process that has imported the runner and what the worker names, and forks one whenever the agent asks.
 
 Rule: one thread, and never gRPC, so that a fork of it is a clean process. It is the parent of all runners and adopts
 their orphans: it tells the agent of each runner that ended, and kills every other descendant. When the agent closes the
@@ -15,14 +15,17 @@ import contextlib
 import ctypes
 import errno
 import gc
+import importlib
 import json
 import os
 import resource
 import select
 import signal
 import socket
+import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
@@ -40,11 +43,15 @@ HIGH = 64  # Above all that a runner's descriptors are moved to.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(descriptor: int, limit: int) -> None:
+def main(descriptor: int, limit: int, preload: Sequence[str] = ()) -> None:
     """Fork runners for the agent at the other end of a socket, until it closes it.
 
-    A runner may have `limit` descriptors unless it asks for more.
+    A runner may have `limit` descriptors unless it asks for more, and finds the modules of `preload` imported.
     """
+    if preload and (problem := import_problem(preload)):
+        # An import cannot be taken back, and tasks run without it, only later.
+        print(f"lattice_worker: nothing is imported before tasks start: {problem}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(preload)]])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     control = socket.socket(fileno=descriptor)
@@ -60,6 +67,20 @@ def main(descriptor: int, limit: int) -> None:
     gc.collect()
     gc.freeze()  # Collections in a runner then leave the pages it shares with the others alone.
     zygote.serve()
+
+
+def import_problem(modules: Sequence[str]) -> str:
+    """Import modules; return why a process that has imported them cannot be forked, or nothing."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            return f"import of {name!r}: {type(error).__name__}: {error}"
+        if len(os.listdir("/proc/self/task")) > 1:
+            return f"import of {name!r} starts threads, which a fork does not have"
+        if "grpc" in sys.modules:
+            return f"import of {name!r} imports grpc, which does not work in a fork"
+    return ""
 
 
 class Zygote:

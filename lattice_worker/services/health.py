@@ -30,6 +30,8 @@ def _check(host: str, port: int, path: str, timeout_s: float) -> None:
             status = connection.getresponse().status
         finally:
             connection.close()
+    except ConnectionRefusedError as error:
+        raise CheckError(f"it does not listen on port {port}") from error
     except (OSError, http.client.HTTPException) as error:
         raise CheckError(f"{host}:{port}{path} does not answer: {type(error).__name__}: {error}") from error
     if not 200 <= status < 400:

@@ -146,9 +146,11 @@ class Instance:
                 await asyncio.to_thread(health.check_owner, pid, self._port)
                 return
             except health.CheckError as error:
-                if "another program" in str(error) and str(error) != told:
+                if str(error) != told:
                     told = str(error)
-                    self._output.add(f"[not ready: {told}]")
+                    await self._report(state="starting", detail=told)
+                    if "another program" in told:
+                        self._output.add(f"[not ready: {told}]")
             is_young = time.monotonic() - started < QUICK_FOR_S
             await asyncio.sleep(QUICK_S if is_young else SLOW_S)
 

@@ -107,6 +107,15 @@ def test_task_is_declared_without_the_connection_to_a_server() -> None:
     assert output_of(DECLARE) == "imported:\n"
 
 
+def test_node_of_langgraph_runs_without_the_connection_to_a_server() -> None:
+    program = """
+import sys
+import lattice_client.langgraph.remote
+print("imported:", *sorted({"grpc", "lattice_client.sync", "lattice_client.langgraph.client"} & sys.modules.keys()))
+"""
+    assert output_of(program) == "imported:\n"
+
+
 @pytest.mark.parametrize("group", [main, runs], ids=lambda group: group.name)
 def test_summary_of_a_command_is_the_first_sentence_of_its_help(group: LazyGroup) -> None:
     context = Context(group)

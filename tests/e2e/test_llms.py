@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -227,6 +228,16 @@ def test_an_engine_that_cannot_start_is_a_typed_error(client: LatticeClient, sta
     assert caught.value.kind == "model_not_found"
     with pytest.raises(TaskFailedError, match="ServiceFailedError"):
         answer(client, "bad", "x")
+
+
+def test_start_of_a_model_tells_at_once_that_its_engine_exits(
+    client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ServiceFailedError) as caught:
+        started("bad", command=[sys.executable, "-c", "print('no licence'); raise SystemExit(1)"])
+    assert time.monotonic() - begun < 5.0
+    assert (caught.value.kind, caught.value.last_lines) == ("exited", ("no licence",))
 
 
 def test_the_command_line_starts_and_stops_a_model(address: str) -> None:

@@ -167,6 +167,33 @@ def test_a_program_that_cannot_start_is_a_typed_error_with_its_last_lines(
         answer_of(client, "none", "pid")
 
 
+def test_start_tells_at_once_that_the_program_exits_and_the_server_tries_again(
+    client: LatticeClient, started: Callable[..., Any], tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    code = f"import os, sys; print('no'); os.path.exists('{go}') or sys.exit(3); os.execv(sys.argv[1], sys.argv[1:])"
+    begun = time.monotonic()
+    with pytest.raises(ServiceFailedError, match=r"exited.*services\.ready\('late'\) waits for that") as caught:
+        started("late", [sys.executable, "-c", code, *COMMAND])
+    assert time.monotonic() - begun < 5.0  # Five starts with their pauses take 15 s or more.
+    assert (caught.value.kind, caught.value.last_lines) == ("exited", ("no",))
+    found = client.services.get("late")
+    assert (found.state, found.failure.exit_status) == (service_pb2.SERVICE_STATE_STARTING, 3)
+    go.touch()
+    assert client.services.ready("late", timeout=WAIT_S).restarts >= 1
+
+
+def test_status_says_what_a_service_waits_for_that_does_not_listen(
+    client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    with pytest.raises(TimeoutError, match=r"'deaf' was not ready within 2 s: it does not listen on port \d+; it cont"):
+        started("deaf", [sys.executable, "-c", "import time; time.sleep(600)"], timeout=2.0, start_timeout=4.0)
+    until(lambda: client.services.get("deaf").restarts, "its time to start is over")
+    failure = client.services.get("deaf").failure
+    assert failure.kind == service_pb2.SERVICE_FAILURE_KIND_START_TIMEOUT
+    assert "was not ready within 4 s: it does not listen on port" in failure.message
+
+
 def test_a_question_to_the_server_is_refused_when_its_value_is_no_object_in_json(client: LatticeClient) -> None:
     tuples, items, sets, nothing = client.run_task(refused)["result"]
     assert "takes a dict that JSON can have, and no tuples" in tuples

@@ -150,7 +150,8 @@ def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str
 
 def test_the_pages_name_the_defaults_of_the_configuration() -> None:
     found, docs = ServerConfig(), Path(__file__).parent.parent.parent / "docs"
-    pages = " ".join(f"{(docs / 'limits.md').read_text()} {(docs / 'cluster.md').read_text()}".split())
+    names = ("limits.md", "cluster.md", "services.md")
+    pages = " ".join(" ".join((docs / name).read_text() for name in names).split())
     for claim in (
         f"no longer than {found.result_ttl_s:,.0f} s (`result_ttl_s`)",
         f"the newest: {found.retained_runs:,} (`retained_runs`)",
@@ -166,6 +167,7 @@ def test_the_pages_name_the_defaults_of_the_configuration() -> None:
         f"Up to {found.max_workflows:,} workflows are stored (`max_workflows`)",
         f"in `session_ttl_s` ({found.session_ttl_s:g} s)",
         f"A value over {found.inline_limit_bytes // 1024} KiB stays on the node that made it",
+        f"stopped {found.shrink_delay_s:g} s after they are no longer needed (`shrink_delay_s`",
         f"can return, {found.worker_message_limit_bytes // 2**20} MiB of it in all",
     ):
         assert claim in pages, f"no longer said, or no longer so: {claim}"

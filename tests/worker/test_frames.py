@@ -19,6 +19,7 @@ from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
+from lattice_worker.output_reports import OutputReports
 from lattice_worker.questions import Questions
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import (
@@ -183,7 +184,7 @@ class Scene:
         self.pool = Pool(1, staging, self.zygotes)
         local_store = LocalStore(str(folder), "n", staging, lambda: None)
         limits = Limits(question_bytes=100, chunk_bytes=100)
-        self.reports = AttemptReports(local_store, limits, self._emit, self._ended)
+        self.reports = AttemptReports(local_store, limits, OutputReports(self._emit), self._ended)
         self.questions, streams = Questions(self._emit, limits, local_store), Streams(self._emit, limits)
         self.executor = AttemptExecutor(
             self.pool, local_store, self.reports, self.questions, streams, limits, lambda digest: None

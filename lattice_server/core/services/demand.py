@@ -6,14 +6,17 @@ from collections.abc import Collection
 from lattice_server.core.services.instances import UNUSED, Instance
 from lattice_server.core.services.model import InstanceState, ServiceSpec
 
-# Fewer instances are wanted only once that has been so for this long.
 SHRINK_DELAY_S = 60.0
 
 
 class Demand:
-    """The use of one service: the numbers of waiters, of attempts that have its address, and of requests in flight."""
+    """The use of one service: the numbers of waiters, of attempts that have its address, and of requests in flight.
 
-    def __init__(self, *, is_asleep: bool) -> None:
+    Fewer instances are wanted only once that has been so for `shrink_delay_s`.
+    """
+
+    def __init__(self, *, is_asleep: bool, shrink_delay_s: float = SHRINK_DELAY_S) -> None:
+        self._shrink_delay_s = shrink_delay_s
         self.waiting = self.users = self.in_flight = 0
         self.is_asleep = is_asleep
         self._idle_since: float | None = None
@@ -57,7 +60,7 @@ class Demand:
         elif needed == self._load_floor:
             self._shrink_at = None
         elif self._shrink_at is None:
-            self._shrink_at = now + SHRINK_DELAY_S
+            self._shrink_at = now + self._shrink_delay_s
         elif now >= self._shrink_at:
             self._load_floor, self._shrink_at = needed, None
 

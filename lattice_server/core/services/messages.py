@@ -49,6 +49,14 @@ class InstanceStarted:
 
 
 @frozen
+class InstanceWaits:
+    """An instance that starts is not ready yet; `detail` says what it waits for."""
+
+    instance_id: str
+    detail: str
+
+
+@frozen
 class InstanceReady:
     """The checks of an instance succeed; it listens at `endpoint`."""
 
@@ -88,6 +96,7 @@ Event = (
     | UseChanged
     | NodesChanged
     | InstanceStarted
+    | InstanceWaits
     | InstanceReady
     | InstanceUnhealthy
     | LoadReported

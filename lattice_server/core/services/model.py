@@ -97,6 +97,11 @@ PERMANENT = frozenset(
     }
 )
 
+# The program itself ended; another start may succeed.
+OWN_FAILURES = frozenset(
+    {FailureKind.EXITED, FailureKind.SIGNALED, FailureKind.OUT_OF_MEMORY, FailureKind.OUT_OF_GPU_MEMORY}
+)
+
 
 @frozen
 class ServiceFailure:

@@ -4,7 +4,7 @@ The wait doubles with each failure in a row. Which part of it is taken depends o
 services that failed together are not started together, and a replay decides the same.
 """
 
-from lattice_server.core.services.model import PERMANENT, ServiceFailure
+from lattice_server.core.services.model import OWN_FAILURES, PERMANENT, ServiceFailure
 
 FIRST_S, MAX_S = 1.0, 300.0
 # An instance that was ready for this long begins the count anew.
@@ -28,6 +28,11 @@ class Restarts:
         """Note that an instance became ready."""
         self._has_been_ready = True
         self.last = None
+
+    def has_told(self, known: int) -> bool:
+        """Whether the program failed by itself, after `known` failures, and was never ready: a caller shall know."""
+        is_own = self.last is not None and self.last.kind in OWN_FAILURES
+        return is_own and self.failures > known and not self._has_been_ready
 
     def failed(self, failure: ServiceFailure, number: int, ready_s: float, now: float) -> None:
         """Note that instance `number` failed after it had been ready for `ready_s` seconds."""

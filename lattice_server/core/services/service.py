@@ -6,7 +6,7 @@ Rule: it decides here and nowhere else; the engine reports facts and carries out
 from dataclasses import replace
 from typing import assert_never
 
-from lattice_server.core.services.demand import Demand
+from lattice_server.core.services.demand import SHRINK_DELAY_S, Demand
 from lattice_server.core.services.instances import UNUSED, Instance, elsewhere, replacement_at, victims
 from lattice_server.core.services.messages import (
     CancelInstance,
@@ -17,6 +17,7 @@ from lattice_server.core.services.messages import (
     InstanceReady,
     InstanceStarted,
     InstanceUnhealthy,
+    InstanceWaits,
     LoadReported,
     NodesChanged,
     RoutesChanged,
@@ -40,7 +41,7 @@ from lattice_server.core.services.restarts import Restarts
 class Service:
     """The machine of one service. Times are monotonic seconds."""
 
-    def __init__(self, spec: ServiceSpec) -> None:
+    def __init__(self, spec: ServiceSpec, shrink_delay_s: float = SHRINK_DELAY_S) -> None:
         self.spec = spec
         self.revision = 1
         self.instances: dict[str, Instance] = {}
@@ -49,7 +50,7 @@ class Service:
         self.is_stopping = self.is_gone = False
         self.starts = Restarts()
         self._numbers = 0
-        self.demand = Demand(is_asleep=spec.replicas == 0)
+        self.demand = Demand(is_asleep=spec.replicas == 0, shrink_delay_s=shrink_delay_s)
 
     # What callers see.
 
@@ -107,13 +108,11 @@ class Service:
             case NodesChanged():
                 for displaced in elsewhere(self.instances.values(), event.node_ids):
                     effects += self._give_up(displaced, now)
-            case InstanceStarted() | InstanceReady() | InstanceUnhealthy() | LoadReported() | InstanceEnded():
+            case _:
                 instance = self.instances.get(event.instance_id)
                 if instance is None:
                     return []
                 effects += self._handle_instance(instance, event, now)
-            case _:
-                assert_never(event)
         return effects + self._converge(now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -123,7 +122,8 @@ class Service:
             if (deadline := instance.deadline()) is not None and now >= deadline:
                 if instance.state is InstanceState.STARTING:
                     limit_s = instance.spec.start_timeout_s
-                    text = f"it was not ready within {limit_s:g} s"
+                    why = instance.detail and f": {instance.detail}"
+                    text = f"it was not ready within {limit_s:g} s{why}"
                     instance.failure = ServiceFailure(FailureKind.START_TIMEOUT, text)
                 effects += self._end(instance, now)
         return effects + self._converge(now)
@@ -152,7 +152,7 @@ class Service:
     def _handle_instance(
         self,
         instance: Instance,
-        event: InstanceStarted | InstanceReady | InstanceUnhealthy | LoadReported | InstanceEnded,
+        event: InstanceStarted | InstanceWaits | InstanceReady | InstanceUnhealthy | LoadReported | InstanceEnded,
         now: float,
     ) -> list[Effect]:
         match event:
@@ -161,6 +161,9 @@ class Service:
                 if instance.state is InstanceState.QUEUED:
                     instance.move(InstanceState.STARTING, now)
                     instance.started_at = now
+            case InstanceWaits():
+                if instance.state is InstanceState.STARTING:
+                    instance.detail = event.detail
             case InstanceReady():
                 return self._become_ready(instance, event, now)
             case InstanceUnhealthy():

@@ -27,6 +27,7 @@ from lattice_server.core.services.messages import (
     InstanceReady,
     InstanceStarted,
     InstanceUnhealthy,
+    InstanceWaits,
     LoadReported,
     RoutesChanged,
     ServiceGone,
@@ -108,6 +109,8 @@ class ServiceDriver:
         match report.get("state"):
             case "ready":
                 self.post(service, InstanceReady(instance_id, str(report["endpoint"])))
+            case "starting":
+                self.post(service, InstanceWaits(instance_id, str(report.get("detail", ""))))
             case "unhealthy":
                 detail = str(report.get("detail", ""))
                 self.post(service, InstanceUnhealthy(instance_id, int(report.get("failures", 1)), detail))

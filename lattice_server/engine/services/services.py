@@ -20,6 +20,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Bundle, Function, NodeSpec
+from lattice_server.core.services.demand import SHRINK_DELAY_S
 from lattice_server.core.services.messages import Defined, NodesChanged, Scaled, Stopped, UseChanged
 from lattice_server.core.services.model import ServiceSpec, ServiceState
 from lattice_server.core.services.service import Service
@@ -54,7 +55,9 @@ class Services:
         gateway: Function,
         post: Callable[[Sequence[SchedulerEvent]], None],
         interface: str,
+        shrink_delay_s: float = SHRINK_DELAY_S,
     ) -> None:
+        self._shrink_delay_s = shrink_delay_s
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self.observers: list[ServiceObserver] = []
@@ -85,7 +88,7 @@ class Services:
             if sum(found.tenant == tenant for found in self._services.values()) >= MAX_SERVICES:
                 text = f"the tenant has {MAX_SERVICES} services; stop one first"
                 raise ExhaustedError("TOO_MANY_SERVICES", text)
-            entry = self._services[key] = ServiceEntry(Service(spec), tenant, bundle)
+            entry = self._services[key] = ServiceEntry(Service(spec, self._shrink_delay_s), tenant, bundle)
             self._driver.begin(entry)
             self._models.update()
             self._needs.tell(entry)
@@ -124,8 +127,13 @@ class Services:
         """Stop a service; it is forgotten when its last instance has ended."""
         self._driver.post(entry, Stopped())
 
-    async def wait(self, entry: ServiceEntry, wait_s: float) -> None:
-        """Wait until a service has an instance that is ready, or has failed. This uses it."""
+    async def wait_started(self, entry: ServiceEntry, wait_s: float) -> None:
+        """As `wait`; also until the program of a definition that was never ready ends by itself."""
+        starts = entry.machine.starts
+        await self.wait(entry, wait_s, partial(starts.has_told, starts.failures))
+
+    async def wait(self, entry: ServiceEntry, wait_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Wait until a service has an instance that is ready, or has failed, or `is_over`. This uses it."""
         if wait_s <= 0 or entry.machine.state in SETTLED:
             return
         entry.calls += 1
@@ -133,7 +141,7 @@ class Services:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    while entry.machine.state not in SETTLED and not entry.machine.is_gone:
+                    while not (entry.machine.state in SETTLED or entry.machine.is_gone or is_over()):
                         await entry.changed()
         finally:
             entry.calls -= 1

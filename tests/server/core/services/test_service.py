@@ -19,6 +19,7 @@ from lattice_server.core.services.messages import (
     InstanceReady,
     InstanceStarted,
     InstanceUnhealthy,
+    InstanceWaits,
     LoadReported,
     NodesChanged,
     RoutesChanged,
@@ -110,6 +111,48 @@ def test_service_waits_longer_after_each_failure_when_it_was_ready_once() -> Non
     assert max(waits) <= 375
     assert driven.machine.restarts == 12
     assert driven.machine.starts.given_up is None
+
+
+def test_instance_that_starts_says_what_it_waits_for_and_so_does_its_timeout() -> None:
+    driven = Driven(start_timeout_s=10.0)
+    driven.tell(InstanceWaits("web-1", "nothing runs yet"))
+    assert driven.machine.instances["web-1"].detail == ""
+    driven.tell(InstanceStarted("web-1", "n", "10.0.0.1"))
+    driven.tell(InstanceWaits("web-1", "it does not listen on port 1"))
+    assert driven.machine.instances["web-1"].detail == "it does not listen on port 1"
+    assert driven.advance(10.0) == [StopInstance("web-1", SPEC.stop_grace_s)]
+    driven.tell(InstanceWaits("web-1", "too late"))
+    driven.tell(InstanceEnded("web-1", None))
+    found = driven.machine.starts.last
+    assert found is not None
+    assert found.message == "it was not ready within 10 s: it does not listen on port 1"
+
+
+def test_detail_of_an_instance_that_waited_is_gone_when_it_is_ready() -> None:
+    driven = Driven()
+    driven.tell(InstanceStarted("web-1", "n", "10.0.0.1"))
+    driven.tell(InstanceWaits("web-1", "it does not listen on port 1"))
+    driven.tell(InstanceReady("web-1", "127.0.0.1:1"))
+    driven.tell(InstanceWaits("web-1", "a report that was late"))
+    assert driven.machine.instances["web-1"].detail == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_told"),
+    [("exited", True), ("signaled", True), ("out_of_memory", True), ("port_in_use", False), ("lost", False)],
+)
+def test_starter_is_told_of_a_failure_that_is_the_programs_own(kind: str, is_told: bool) -> None:
+    driven = Driven()
+    starts = driven.machine.starts
+    assert not starts.has_told(0)
+    driven.tell(InstanceStarted("web-1", "n", "10.0.0.1"))
+    driven.tell(InstanceEnded("web-1", ServiceFailure(FailureKind(kind), "why")))
+    assert starts.has_told(0) is is_told
+    assert not starts.has_told(1), "a caller that knows of it waits for the next one"
+    driven.advance(2.0)
+    driven.ready("web-2")
+    driven.tell(InstanceEnded("web-2", EXITED))
+    assert not starts.has_told(1), "it was ready once"
 
 
 def test_failures_are_counted_anew_when_an_instance_was_ready_for_long() -> None:
