@@ -17,7 +17,7 @@ from lattice_client.transport.requests import duration, made
 CALL_S = 240.0
 WAITING = frozenset({service_pb2.SERVICE_STATE_STARTING, service_pb2.SERVICE_STATE_IDLE})
 UNREADY = WAITING | {service_pb2.SERVICE_STATE_FAILED}
-# A program that failed in one of these ways is started again; who started it is told all the same.
+# The server starts a program again after one of these failures; its caller gets the error before that.
 OWN_FAILURES = frozenset(
     {
         service_pb2.SERVICE_FAILURE_KIND_EXITED,

@@ -16,7 +16,7 @@ from lattice_worker.runner.functions import note_sealed
 from lattice_worker.runner.inbox import Inbox
 from lattice_worker.runner.invocations import Program
 from lattice_worker.runner.output import Output, Stream, has_unread_output
-from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.reset import Baseline, reseed
 
 CONTROL, CLAIMS, MARKS = 3, 4, 5  # The descriptors a runner is given, after its standard streams.
 
@@ -39,6 +39,7 @@ def main(mode: str, facts: dict[str, Any] | None = None) -> None:
     signal.signal(signal.SIGINT, _ignore)
     os.register_at_fork(after_in_child=_heed_interrupts)
     sys.argv = [""]  # As in an interpreter that runs no script: a task was not started with arguments.
+    reseed()  # A fork has the state of numpy's generator that the zygote has, if it imported numpy.
     pid = os.getpid()
     sys.stdout, sys.stderr = Stream("stdout", 1, pid), Stream("stderr", 2, pid)
     # A crash in native code then leaves its Python stack in the attempt's log.

@@ -1,4 +1,4 @@
-"""The zygote: a process that has imported the runner and what the worker names, and forks one whenever the agent asks.
+"""The zygote: a process that has imported the runner and the modules of `LATTICE_PRELOAD`, and forks on request.
 
 Rule: one thread, and never gRPC, so that a fork of it is a clean process. It is the parent of all runners and adopts
 their orphans: it tells the agent of each runner that ended, and kills every other descendant. When the agent closes the

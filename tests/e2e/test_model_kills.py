@@ -1,4 +1,4 @@
-"""Engines, agents and heads are killed at random in the middle of answers; a checker looks for processes and files left."""
+"""Engines, agents and heads are killed at random in the middle of answers; a checker looks for leftovers."""
 
 import json
 import os

@@ -183,7 +183,7 @@ def test_start_tells_at_once_that_the_program_exits_and_the_server_tries_again(
     assert client.services.ready("late", timeout=WAIT_S).restarts >= 1
 
 
-def test_status_says_what_a_service_waits_for_that_does_not_listen(
+def test_status_names_the_port_on_which_a_service_does_not_listen(
     client: LatticeClient, started: Callable[..., Any]
 ) -> None:
     with pytest.raises(TimeoutError, match=r"'deaf' was not ready within 2 s: it does not listen on port \d+; it cont"):

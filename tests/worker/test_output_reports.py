@@ -32,7 +32,7 @@ pauses = st.tuples(st.just("pause"))
 
 
 def told(reports: list[worker_pb2.Report], lease_id: str) -> list[Any]:
-    """Return what was reported of a lease, in order; neighbours of the same stream are one text."""
+    """Return the reports of a lease, in order; neighbours of the same stream are one text."""
     found: list[Any] = []
     for report in reports:
         if report.lease_id != lease_id:
@@ -52,7 +52,7 @@ def _add(found: list[Any], stream: str, text: str, is_truncated: bool) -> None:
 
 @given(st.lists(st.one_of(texts, texts, texts, others, pauses), max_size=40))
 @examples(1000)
-def test_output_keeps_its_order_and_its_place_among_other_reports_and_none_of_it_waits_for_long(
+def test_output_keeps_its_order_among_other_reports_and_waits_milliseconds(
     steps: list[tuple[Any, ...]],
 ) -> None:
     async def scenario() -> None:

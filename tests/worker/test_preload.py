@@ -23,7 +23,7 @@ def imported(name: str) -> bool:
 
 
 def value_of(function: Callable[..., Any], folder: Path, **inputs: Any) -> Any:
-    """Return what a function returns in a worker of its own."""
+    """Return the result of a function in a worker of its own."""
 
     async def scene() -> Any:
         both: Pair
@@ -40,6 +40,35 @@ def test_tasks_find_modules_imported_that_the_worker_names(
 ) -> None:
     monkeypatch.setenv("LATTICE_PRELOAD", preload)
     assert value_of(imported, tmp_path, name=MODULE) is expected
+
+
+def drawn() -> tuple[int, float, float]:
+    import os
+    import random
+    import sys
+    import time
+
+    assert "numpy.random" in sys.modules
+
+    import numpy as np
+
+    time.sleep(0.5)  # So that another process takes the other task.
+    return os.getpid(), random.random(), np.random.random()
+
+
+def test_each_process_has_seeds_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_PRELOAD", "numpy.random")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # Else its import starts threads.
+
+    async def scene() -> list[Any]:
+        both: Pair
+        async with pair(tmp_path) as both, asyncio.timeout(TIMEOUT_S):
+            for slot, name in enumerate("ab"):
+                both.stream.assign(name, drawn, slot=slot)
+            return [await both.stream.value(name) for name in "ab"]
+
+    one, other = asyncio.run(scene())
+    assert all(mine != its for mine, its in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(

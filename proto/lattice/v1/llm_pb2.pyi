@@ -237,7 +237,9 @@ class StartLlmRequest(google.protobuf.message.Message):
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Waits up to this long for the model to be ready or to fail before answering; at most 5 minutes."""
+        """Waits up to this long for the model to be ready or to fail before answering; at most 5 minutes. See
+        `StartServiceRequest.wait`.
+        """
 
     def __init__(
         self,

@@ -618,7 +618,7 @@ class ServiceInstance(google.protobuf.message.Message):
     run_id: builtins.str
     """The run whose task it is."""
     detail: builtins.str
-    """A sentence about its state, such as why it is unhealthy."""
+    """A sentence about its state, such as why it is unhealthy, or the condition that it waits for at its start."""
     revision: builtins.int
     """Which definition of the service it runs."""
     @property
@@ -742,7 +742,10 @@ class StartServiceRequest(google.protobuf.message.Message):
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """Waits up to this long for the service to be ready or to fail before answering; at most 5 minutes."""
+        """Waits up to this long for the service to be ready or to fail before answering; at most 5 minutes. It waits no longer
+        when a program of a definition that was never ready ends by itself: `Service.failure` says how, and the server
+        starts the next one at `Service.next_start_time`.
+        """
 
     def __init__(
         self,

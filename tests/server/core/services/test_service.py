@@ -113,7 +113,7 @@ def test_service_waits_longer_after_each_failure_when_it_was_ready_once() -> Non
     assert driven.machine.starts.given_up is None
 
 
-def test_instance_that_starts_says_what_it_waits_for_and_so_does_its_timeout() -> None:
+def test_detail_of_a_starting_instance_is_in_its_timeout() -> None:
     driven = Driven(start_timeout_s=10.0)
     driven.tell(InstanceWaits("web-1", "nothing runs yet"))
     assert driven.machine.instances["web-1"].detail == ""
