@@ -63,10 +63,15 @@ class LineAssembly:
         """The number of the event after which a reader continues without losing a line."""
         return min((line.sequence - 1 for line in self._open.values()), default=self._taken)
 
-    def take(self, event: RunEvent) -> list[Line]:
-        """Return the lines that an event completes; the end of an attempt completes its last lines."""
+    def take(self, event: RunEvent) -> Iterator[Line]:
+        """Yield the lines that an event completes; the end of an attempt completes its last lines.
+
+        The event counts as taken with the last of them.
+        """
+        lines = list(self._take(event))
+        yield from lines[:-1]
         self._taken = event.sequence
-        return list(self._take(event))
+        yield from lines[-1:]
 
     def _take(self, event: RunEvent) -> Iterator[Line]:
         if event.type == "task_log":

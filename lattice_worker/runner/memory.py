@@ -26,6 +26,13 @@ def _limited(limit_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
+        lift_memory_limit()
+
+
+def lift_memory_limit() -> None:
+    """Let this process grow again as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != hard:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 

@@ -28,6 +28,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from lattice_worker.runner.memory import lift_memory_limit
 from lattice_worker.runner.process_tree import ANY_CHILD, end_children
 
 SIGNALS = [number for number in range(1, 32) if number not in {signal.SIGKILL, signal.SIGSTOP}]
@@ -72,7 +73,6 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
             resource.RLIMIT_CPU,
             resource.RLIMIT_STACK,
             resource.RLIMIT_FSIZE,
-            resource.RLIMIT_DATA,
             resource.RLIMIT_NPROC,
             resource.RLIMIT_CORE,
             resource.RLIMIT_MEMLOCK,
@@ -193,6 +193,7 @@ class Baseline:
             os.dup2(saved, descriptor)
         if self._changed_environment():
             self._restore_environment()
+        lift_memory_limit()
         _sigmask(signal.SIG_SETMASK, ())
         signal.set_wakeup_fd(-1)
         threading.settrace(None)
