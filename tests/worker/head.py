@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,3 +222,13 @@ def payload_of(value: Any) -> payload_pb2.Payload:
     if media_type == "application/json":
         return payload_pb2.Payload(media_type=media_type, json=data.decode())
     return payload_pb2.Payload(media_type=media_type, data=data)
+
+
+def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
+    """Play a scenario with a worker."""
+
+    async def scene() -> None:
+        async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
+            await scenario(both)
+
+    asyncio.run(scene())

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lattice.v1 import worker_pb2
 from lattice_worker import convert
 from lattice_worker.output_reports import REPORT_CHARACTERS, OutputReports
 from tests.examples import examples
-from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, pair
+from tests.worker.head import LIMIT_BYTES, Pair, play
 
 LINES = 15_000
 STREAMS = {1: "stdout", 2: "stderr"}
@@ -103,14 +102,7 @@ def test_first_text_after_a_pause_is_reported_at_once_and_the_next_ones_together
 class TestWithWorker:
     """With a real worker."""
 
-    def play(self, scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
-        """Play a scenario with a worker."""
-
-        async def scene() -> None:
-            async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
-                await scenario(both)
-
-        asyncio.run(scene())
+    play = staticmethod(play)
 
     def test_many_lines_are_few_reports_and_all_of_them_in_order(self, tmp_path: Path) -> None:
         def count(lines: int) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from lattice.v1 import errors_pb2, worker_pb2
 from lattice_client import context
 from lattice_worker.limits import Limits
 from lattice_worker.streams import WINDOW_CHUNKS, Streams
-from tests.worker.head import TIMEOUT_S, Pair, Stream, pair
+from tests.worker.head import Pair, Stream, play
 
 CHUNKS = 3 * WINDOW_CHUNKS
 
@@ -24,14 +23,7 @@ CHUNKS = 3 * WINDOW_CHUNKS
 class TestWithWorker:
     """With a real worker, and a head that acknowledges the chunks that a test names."""
 
-    def play(self, scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
-        """Play a scenario with a worker."""
-
-        async def scene() -> None:
-            async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
-                await scenario(both)
-
-        asyncio.run(scene())
+    play = staticmethod(play)
 
     def test_chunks_come_before_the_end_of_functions_threads_and_coroutines(self, tmp_path: Path) -> None:
         def plain() -> Any:

@@ -173,16 +173,11 @@ def test_little_is_sent_ahead_while_another_run_has_work(took: float, alone: int
     assert sent(scene, at=5.0) == shared
 
 
-def test_runs_share_the_cluster_for_a_second_after_both_had_work() -> None:
+@pytest.mark.parametrize(("at", "expected"), [(1.99, 2 * 8), (2.01, 2 * 64)])
+def test_runs_share_the_cluster_for_a_second_after_both_had_work(at: float, expected: int) -> None:
     scene = quick(2, 0.0001)
     scene.tell(ready("other", run="other", function="sha256:other"))
     scene.tell(ready("first", run="large"), at=1.0)
     scene.succeed("other", took=0.5)
     scene.succeed("first", took=0.0001)
-    assert sent(scene, "b", at=1.99) == 16
-    scene = quick(2, 0.0001)
-    scene.tell(ready("other", run="other", function="sha256:other"))
-    scene.tell(ready("first", run="large"), at=1.0)
-    scene.succeed("other", took=0.5)
-    scene.succeed("first", took=0.0001)
-    assert sent(scene, "b", at=2.01) == 128
+    assert sent(scene, "b", at=at) == expected
