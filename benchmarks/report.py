@@ -181,7 +181,7 @@ def _readers(samples: dict[str, list[float]]) -> list[str]:
     ]
     text = (
         f"{found['readers']:,.0f} readers follow an agent of {found['tasks']:.0f} tasks, which sleep. They are streams "
-        "in one process on the same machine. Runs with readers and runs without take turns."
+        "in one process on the same machine. Runs with and without readers alternate."
     )
     return [textwrap.fill(text, WIDTH), "", *_table(["", "", "aim"], *rows)]
 

@@ -1,4 +1,4 @@
-"""Engines, agents and heads are killed at random in the middle of answers; a checker looks for leftovers."""
+"""Engines, agents and heads are killed at random in the middle of answers; no process or file is left."""
 
 import json
 import os
