@@ -26,7 +26,7 @@ class MessageBus:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._loop_thread = threading.get_ident()
-        self._batches: deque[Sequence[SchedulerEvent] | None] = deque()
+        self._batches: deque[Sequence[SchedulerEvent] | Callable[[], object] | None] = deque()
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._is_woken = False
         self._step: Callable[[], bool] | None = None
@@ -54,6 +54,18 @@ class MessageBus:
         elif not self._is_stepping:
             self._is_stepping = True
             self._loop.call_soon(self._step_here)
+
+    def call_when_taken(self, then: Callable[[], object]) -> None:
+        """Have `then` called on the main thread once the scheduler has taken all events that were posted before.
+
+        Who posts very many events in parts waits for this before each part: events that others post meanwhile then wait
+        behind one part only.
+        """
+        if self._batches:
+            self._batches.append(then)
+            self.wake()  # The scheduler's thread may have taken the others meanwhile.
+        else:
+            self._loop.call_soon(then)
 
     def close(self) -> None:
         """End the scheduler's thread after the events that were posted before."""
@@ -85,7 +97,10 @@ class MessageBus:
             if batch is None:
                 return events or None
             self._batches.popleft()
-            events.extend(batch)
+            if callable(batch):
+                self._loop.call_soon_threadsafe(batch)
+            else:
+                events.extend(batch)
         return events
 
     def publish(self, effects: Sequence[SchedulerEffect]) -> None:

@@ -145,7 +145,7 @@ class RunDriver:
             self._perform(entry, stopping, posts)
         elif entry.run.is_unsettled and not entry.is_continuing:
             entry.is_continuing = True
-            self._slices.call(lambda: self._continue(entry))
+            self._bus.call_when_taken(lambda: self._slices.call(lambda: self._continue(entry)))
 
     def _filled(self, entry: RunEntry, ready: TaskReady) -> TaskReady:
         """Return a task with the values of its environment, or with its failure when one is gone."""

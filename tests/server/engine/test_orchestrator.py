@@ -29,6 +29,7 @@ from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, R
 from lattice_server.core.run.run import Bounds, Run
 from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.core.states import RunState
+from lattice_server.core.steps import STEP_ITEMS
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
@@ -483,10 +484,33 @@ def test_large_additions_to_one_run_at_once_are_all_made() -> None:
         await asyncio.gather(*(orchestrator.add_tasks("a", tasks, None) for tasks in (large, other, [task("small")])))
         assert len(entry.run.tasks) == 1302
         assert entry.run.revision == 4
+        bus = orchestrator._bus
         while entry.run.is_unsettled:
             entry.run.check()
+            bus.take()
             await asyncio.sleep(0)
         entry.run.check()
+
+    play(scenario, max_open_tasks=10_000)
+
+
+def test_the_scheduler_is_sent_more_of_a_large_run_once_it_has_taken_the_last_part() -> None:
+    async def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        large = start(orchestrator, "large", WorkflowSpec(tuple(task(f"t{number}") for number in range(1000))))
+        bus, taken = orchestrator._bus, list[int]()
+        for _ in range(50):
+            await asyncio.sleep(0)  # The scheduler is slow.
+        assert large.run.is_unsettled
+        start(orchestrator, "small")
+        while large.run.is_unsettled:
+            events = bus.take() or []
+            taken.append(len(events))
+            if len(taken) == 1:
+                assert events[-1].run_id == "small", "it waits behind one part"  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        taken.append(len(bus.take() or []))
+        assert sum(taken) == 1001
+        assert max(taken) <= STEP_ITEMS + 1
 
     play(scenario, max_open_tasks=10_000)
 

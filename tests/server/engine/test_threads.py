@@ -121,6 +121,34 @@ def test_every_publication_is_delivered_however_it_meets_the_last_one() -> None:
     play(scenario)
 
 
+def test_who_waits_for_the_scheduler_is_called_once_it_took_the_events_however_the_two_meet() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
+
+        def consume() -> None:
+            while next_events(bus) is not None:
+                pass
+
+        async with thread(consume):
+            for number in range(2000):
+                called: asyncio.Future[tuple[int, bool]] = loop.create_future()
+                bus.post([event(number)])
+                bus.call_when_taken(lambda: called.set_result((threading.get_ident(), bool(bus._batches))))  # noqa: B023
+                assert await called == (loop_thread, False)
+            bus.close()
+
+    play(scenario)
+
+
+def test_who_waits_for_a_scheduler_with_nothing_to_take_is_called_at_once() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        called = asyncio.Event()
+        bus.call_when_taken(called.set)
+        await called.wait()
+
+    play(scenario)
+
+
 def test_events_posted_before_the_end_are_still_read() -> None:
     async def scenario(bus: MessageBus) -> None:
         bus.post([event(1)])
