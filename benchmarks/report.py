@@ -41,7 +41,8 @@ CAVEATS = """
 ## What the figures do not say
 
 - Ray tasks and actors are not recorded here. Lattice records each event, and serves it to any number of readers. A
-  journal on disk adds a commit for each run; it is off here, as it is by default.
+  journal on disk, the default of a server with a fixed port, adds two commits for each run, about 1.1 ms of W1
+  ([decision 79](decisions/0079-a-journal-by-default.md)). It is off here: these servers have a free port.
 - Clients, server, agent, runners and Ray share the processors of one machine. On more processors than two, more of
   their work overlaps.
 - W6 copies memory. It depends on how fast the machine provides pages, which varies on virtual machines.

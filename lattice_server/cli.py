@@ -108,11 +108,10 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--traces", type=click.Choice(TRACES), help="Send traces of runs by OTLP, or print them.")
 @click.option(
     "--journal",
-    default="memory",
-    show_default=True,
     metavar="FOLDER|URL|memory",
     envvar="LATTICE_JOURNAL",
-    help="Where runs are recorded to survive a restart: a folder, or postgresql://...; see docs/durability.md.",
+    help="Where runs are recorded to survive a restart: a folder, postgresql://..., or `memory` to forget them. By "
+    "default a folder of this port in ~/.local/share/lattice; memory with --port 0. See docs/durability.md.",
 )
 @click.option(
     "--journal-sync",
@@ -188,9 +187,20 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
         memory_bytes=flags.memory_bytes,
         gpu_memory_bytes=flags.gpu_memory_bytes,
         labels=dict(label.split("=", 1) for label in flags.labels),
-        journal=_journal(flags.journal),
+        journal=_default_journal(flags.port) if flags.journal is None else _journal(flags.journal),
         journal_sync=flags.journal_sync or base.journal_sync,
     )
+
+
+def _default_journal(port: int) -> str:
+    """Return the journal of a server that is started without `--journal`. Raises click.ClickException."""
+    if port == 0:
+        return "memory"  # Nobody finds such a server again after a restart.
+    try:
+        folder = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+    except RuntimeError as error:
+        raise click.ClickException(f"no place for the journal: {error}; name a folder with --journal") from None
+    return str(folder.absolute() / f"lattice/journal-{port}")
 
 
 def _journal(named: str) -> str:
@@ -215,7 +225,7 @@ def _serve(config: ServerConfig) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: the imports take most of a second, and are not needed to refuse a wrong flag.
     from lattice_server.app import SchedulerError, serve
-    from lattice_server.engine.journal_port import JournalError
+    from lattice_server.engine.journal_port import JournalError, JournalLockedError
     from lattice_server.engine.ports import ExecutorError
     from lattice_server.engine.store_folder import StoreError
     from lattice_server.rpc.server import PortInUseError
@@ -229,6 +239,8 @@ def _serve(config: ServerConfig) -> None:
         noted.append(f"head-{address.rpartition(':')[2]}")
         pidfile.note(noted[0])
         click.echo(f"Lattice is listening on {address}")
+        if config.journal.startswith("/"):
+            click.echo(f"Runs are recorded in {config.journal}")
         if metrics_url:
             click.echo(f"Prometheus can read the metrics at {metrics_url}")
 
@@ -239,6 +251,8 @@ def _serve(config: ServerConfig) -> None:
             f"choose another --port, or 0 for any; `lattice stop --port {config.port}` stops a server that runs here"
         )
         raise click.ClickException(f"{error}; {advice}") from None
+    except JournalLockedError as error:
+        raise click.ClickException(f"{error}; stop it, or name another --journal") from None
     except (SchedulerError, ExecutorError, StoreError, JournalError, TelemetryError) as error:
         raise click.ClickException(str(error)) from None
     finally:

@@ -50,7 +50,7 @@ class Flags:
     metrics_address: str | None
     traces: str | None
     verbose: bool
-    journal: str
+    journal: str | None
     journal_sync: str | None
     log_level: str | None
     log_format: str | None

@@ -79,8 +79,8 @@ def open_sqlite(folder: Path, listener: JournalListener, settings: SqliteSetting
     try:
         backend = SqliteBackend(folder, chosen)
     except OSError as error:
-        text = f"the journal in {folder} cannot be opened: {error.strerror}; name another folder, or mend this one"
-        raise JournalError(text) from error
+        advice = "name another folder with --journal, or `memory`"
+        raise JournalError(f"the journal in {folder} cannot be opened: {error.strerror}; {advice}") from error
     return GroupCommit(backend, listener, chosen.limits)
 
 
@@ -176,9 +176,9 @@ class SqliteBackend:
     def sizes(self) -> FileSizes:
         """See `Backend`."""
         with self._reading() as database:
-            free_pages = database.execute("PRAGMA freelist_count")[0][0]
+            free_bytes = database.execute("PRAGMA freelist_count")[0][0] * database.execute("PRAGMA page_size")[0][0]
         file_bytes = self._path.stat().st_size + self._files.size_bytes()
-        return FileSizes(file_bytes, self._wal_bytes(), free_pages * PAGE_BYTES)
+        return FileSizes(file_bytes, self._wal_bytes(), free_bytes)
 
     def close(self) -> None:
         """See `Backend`."""

@@ -17,7 +17,7 @@ from lattice_server.journal.database import Row
 from lattice_server.journal.failpoints import failpoint
 from lattice_server.journal.sqlite_schema import migrate
 
-PAGE_BYTES = 8192
+PAGE_BYTES = 4096  # A commit writes each page that it changes, most of them for a row of a few hundred bytes.
 BUSY_MS = 10_000  # How long another program may lock the file before that is an error.
 CACHE_KIB = 16 * 1024
 # Opens a file; the flag tells whether it is only read.

@@ -11,9 +11,9 @@ from tests.ports import free_port
 
 
 class Head:
-    """A server on one port and one journal, over several lives."""
+    """A server on one port and one journal, over several lives; None stands for the journal of its port."""
 
-    def __init__(self, journal: Path, *flags: str) -> None:
+    def __init__(self, journal: Path | None, *flags: str) -> None:
         self.journal = journal
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -22,8 +22,8 @@ class Head:
         self.agents: dict[str, subprocess.Popen[str]] = {}
 
     def command(self) -> list[str]:
-        flags = ["--port", str(self.port), "--executor", "local", "--journal", str(self.journal), *self._flags]
-        return [*START, "--head", *flags]
+        journal = [] if self.journal is None else ["--journal", str(self.journal)]
+        return [*START, "--head", "--port", str(self.port), "--executor", "local", *journal, *self._flags]
 
     def start(self) -> None:
         self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)

@@ -43,6 +43,29 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     found.stop()
 
 
+def test_a_server_that_is_started_without_flags_has_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    head, room = Head(None), Room(tmp_path)
+    head.start()
+    try:
+        with LatticeClient(head.address) as client:
+            workflow = client.create_workflow()
+            one = workflow.add_task(first, {"room": room})
+            workflow.add_task(second, {"room": room, "value": one.output})
+            run = workflow.run()
+            rooms.noted(room, "+second")
+            again = subprocess.run(head.command(), capture_output=True, text=True, timeout=100, check=False)
+            assert again.returncode == 1
+            folder = tmp_path / f"lattice/journal-{head.port}"
+            assert f"uses the journal in {folder}; stop it, or name another --journal" in again.stderr
+            head.restart()
+            room.open()
+            assert run.result(timeout=RESULT_S) == {"result": 2}
+            assert room.notes().count("first") == 1
+    finally:
+        head.stop()
+
+
 def aside(call: Callable[[], Any]) -> Callable[[], Any]:
     """Make a call on a thread; return a function that waits for its result."""
     found: list[Any] = []
@@ -232,7 +255,7 @@ def test_a_second_server_on_the_same_journal_is_refused_with_its_reason(head: He
     refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
     user = "another server, or a `lattice journal` command,"
-    assert refused.stderr == f"Error: {user} uses the journal in {head.journal}\n"
+    assert refused.stderr == f"Error: {user} uses the journal in {head.journal}; stop it, or name another --journal\n"
 
 
 def test_a_run_continues_from_a_backup_of_a_running_server(head: Head, room: Room, tmp_path: Path) -> None:

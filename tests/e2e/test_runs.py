@@ -307,7 +307,7 @@ def test_modules_beside_the_script_travel_with_it(address: str, tmp_path: Path) 
 def test_a_port_in_use_is_a_clear_error(address: str) -> None:
     port = address.rpartition(":")[2]
     done = subprocess.run(
-        [*START, "--head", "--port", port, "--executor", "local"],
+        [*START, "--head", "--port", port, "--executor", "local", "--journal", "memory"],
         capture_output=True,
         text=True,
         timeout=60,

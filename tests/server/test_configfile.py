@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from lattice_server.cli import _default_journal
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 from lattice_server.flags import Flags
 from tests.commands import LATTICE, START
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -192,6 +194,35 @@ def test_journal_that_is_named_by_another_url_is_refused(named: str, tmp_path: P
     assert (done.returncode, os.listdir(tmp_path)) == (2, [])
     scheme = named.partition(":")[0]
     assert f"a URL postgresql://..., or `memory`, and nothing that begins with '{scheme}:'; " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("port", "environment", "expected"),
+    [
+        (0, {"HOME": "/home/ann"}, "memory"),
+        (50051, {"HOME": "/home/ann"}, "/home/ann/.local/share/lattice/journal-50051"),
+        (50052, {"HOME": "/home/ann", "XDG_DATA_HOME": "/data"}, "/data/lattice/journal-50052"),
+    ],
+)
+def test_journal_is_by_default_in_a_folder_of_the_port(
+    port: int, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", environment)
+    assert _default_journal(port) == expected
+
+
+def test_journal_by_default_needs_a_folder_that_can_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [*START, "--head", "--executor", "local", "--port", str(free_port())],
+        env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("Not a directory; name another folder with --journal, or `memory`\n")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def test_check_finds_a_journal_that(mutant: str, point: str, tmp_path: Path) -> 
 def test_nothing_is_acknowledged_after_the_disk_failed_at(name: str, tmp_path: Path) -> None:
     process = start(tmp_path, 1, f"{name}=error@3")
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 3
+    # The journal's thread tells of the failure, and meanwhile an append may be refused for it.
+    assert process.returncode in {1, 3}
     assert b"JournalBrokenError" in output
     checked(tmp_path)
 

@@ -175,8 +175,8 @@ def test_damaged_pages_fail_some_runs_and_others_are_read(folder: Path) -> None:
     path = folder / "journal.sqlite"
     content = bytearray(path.read_bytes())
     (place,) = (content.index(b"event 100 of run 4 "),)
-    page = place // 8192 * 8192
-    content[page : page + 8192] = bytes(8192)
+    page = place // PAGE_BYTES * PAGE_BYTES
+    content[page : page + PAGE_BYTES] = bytes(PAGE_BYTES)
     path.write_bytes(content)
     listening = Listening()
     journal = open_sqlite(folder, listening)
