@@ -110,8 +110,9 @@ def kill(head: Head, dice: random.Random) -> str:
         head.join(node_id)
     else:
         agent = psutil.Process(dice.choice(list(head.agents.values())).pid)
-        runners = [process for process in agent.children(recursive=True) if not process.children()]
+        # Any of them may end meanwhile.
         with suppress(psutil.Error, IndexError):
+            runners = [process for process in agent.children(recursive=True) if not process.children()]
             dice.choice(runners).send_signal(signal.SIGKILL)
     return what
 
