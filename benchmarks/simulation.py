@@ -37,7 +37,7 @@ from lattice_server.core.run import dag
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.core.states import RunState
-from lattice_worker.slots import LeaseState, SlotTable
+from lattice_worker.session.slots import LeaseState, SlotTable
 
 HOP_S = 0.0003  # From the scheduler to a worker, and back.
 STARTS_AFTER_S = 0.010  # Workers do not report the start of attempts that end sooner.

@@ -16,27 +16,28 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
-from lattice_worker import adoption, background, convert, host
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.artifact_upload import Uploads
-from lattice_worker.attempt_executor import AttemptExecutor
-from lattice_worker.attempt_reports import AttemptReports
+from lattice_worker import background, convert
+from lattice_worker.attempts import adoption
+from lattice_worker.attempts.attempt_executor import AttemptExecutor
+from lattice_worker.attempts.attempt_reports import AttemptReports
+from lattice_worker.attempts.output_reports import OutputReports
+from lattice_worker.attempts.questions import Questions
+from lattice_worker.attempts.streams import Streams
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, check_cancelled, opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.egress.agent import Egress
-from lattice_worker.huge_pages import use_huge_pages
-from lattice_worker.lease_machine import LeaseMachine
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore
-from lattice_worker.outbox import Leases, Outbox
-from lattice_worker.output_reports import OutputReports
-from lattice_worker.peer_fetch import PeerFetcher
-from lattice_worker.preparation import ISOLATIONS
-from lattice_worker.questions import Questions
-from lattice_worker.runner_pool import Pool
+from lattice_worker.machine import host
+from lattice_worker.machine.huge_pages import use_huge_pages
+from lattice_worker.pool.runner_pool import Pool
+from lattice_worker.pool.zygotes import Zygotes
 from lattice_worker.sandbox.policy import LEVELS
-from lattice_worker.streams import Streams
-from lattice_worker.zygotes import Zygotes
+from lattice_worker.session.artifact_upload import Uploads
+from lattice_worker.session.lease_machine import LeaseMachine
+from lattice_worker.session.limits import Limits
+from lattice_worker.session.outbox import Leases, Outbox
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore
+from lattice_worker.store.peer_fetch import PeerFetcher
 
 log = logging.getLogger(__name__)
 
@@ -195,13 +196,15 @@ class Agent:
             node_ip=host.address_towards(self._config.target),
             capacity=self._capacity,
             labels=self._config.labels,
-            isolations=[number for number, level in ISOLATIONS.items() if not level or level in self._levels],
+            isolations=[number for number, level in convert.ISOLATIONS.items() if not level or level in self._levels],
             isolation_refusals=[
                 resources_pb2.IsolationRefusal(isolation=number, reason=refusals[level])
-                for number, level in ISOLATIONS.items()
+                for number, level in convert.ISOLATIONS.items()
                 if level in refusals
             ],
-            network_isolations=[number for number, level in ISOLATIONS.items() if level in self._network_levels],
+            network_isolations=[
+                number for number, level in convert.ISOLATIONS.items() if level in self._network_levels
+            ],
             memory_enforcement=self._memory_enforcement(),
             runtime=host.runtime(),
             version=VERSION,

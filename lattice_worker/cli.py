@@ -17,15 +17,16 @@ from uuid import uuid4
 
 import uvloop
 
-from lattice_worker import host, logs, secrecy
+from lattice_worker import logs, secrecy
 from lattice_worker.agent import Agent
-from lattice_worker.artifact_staging import DISK, locked
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.egress.addresses import networks_of
+from lattice_worker.machine import host
 from lattice_worker.node_join import Joiner
-from lattice_worker.zygotes import GATEWAY_PORT
+from lattice_worker.pool.zygotes import GATEWAY_PORT
+from lattice_worker.store.artifact_staging import DISK, locked
 
 PR_SET_PDEATHSIG = 1
 PRELOAD = "LATTICE_PRELOAD"

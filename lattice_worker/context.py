@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_worker.endpoints import Endpoint, Llm
 from lattice_worker.runner import awaited, tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import FORKED, AnswerError, QuestionError, decoded
@@ -30,9 +29,11 @@ from lattice_worker.runner.generators import COMBINE
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError, encode_value
-from lattice_worker.spawn_arguments import SpawnError, form_of, inputs_of, label_of, predecessors_of, take_id
-from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
-from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
+from lattice_worker.task_context import spawn_arguments
+from lattice_worker.task_context.endpoints import Endpoint, Llm
+from lattice_worker.task_context.spawn_arguments import SpawnError
+from lattice_worker.task_context.spawned import Binder, SpawnedOutput, SpawnedTask
+from lattice_worker.task_context.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
     "Answer",
@@ -144,10 +145,10 @@ def _spawned(
     is_called: bool = False,
 ) -> SpawnedTask:
     output = _own_output()
-    form, label = form_of(task), label_of(task, name)
+    form, label = spawn_arguments.form_of(task), spawn_arguments.label_of(task, name)
     where = f"spawn of {label!r}"
-    given = inputs_of(where, task, form, inputs, misplaced)
-    predecessors = predecessors_of(where, after)
+    given = spawn_arguments.inputs_of(where, task, form, inputs, misplaced)
+    predecessors = spawn_arguments.predecessors_of(where, after)
     taken = output.header.setdefault("spawned", {})
     encoder = Encoder(output.header)
     is_for_python = form["has_code"] or ":" in form.get("entrypoint", "")
@@ -160,7 +161,7 @@ def _spawned(
     except BaseException:
         encoder.take_back()
         raise
-    task_id = take_id(current().task_id, label, taken)
+    task_id = spawn_arguments.take_id(current().task_id, label, taken)
     first = len(encoder.blobs)
     frame = {
         "task_id": task_id,

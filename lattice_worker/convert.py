@@ -9,7 +9,16 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import payload_pb2, resources_pb2, run_pb2, task_pb2, worker_pb2
 
+from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
+
 JSON = "application/json"
+# The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
+ISOLATIONS = {
+    resources_pb2.ISOLATION_NONE: "",
+    resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
+    resources_pb2.ISOLATION_SECCOMP: SECCOMP,
+    resources_pb2.ISOLATION_DOCKER: DOCKER,
+}
 UNMARKED = resources_pb2.ISOLATION_UNSPECIFIED
 CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
 FUNCTION = "function"

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lattice_worker import cgroup, host
-from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.cli import MIN_SHARED_MEMORY_BYTES, SHARED_MEMORY
 from lattice_worker.config import WorkerConfig
 from lattice_worker.containers.config import EngineConfig
-from lattice_worker.runner_pool import Pool
+from lattice_worker.machine import cgroup, host
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.sandbox.policy import DOCKER, LEVELS
+from lattice_worker.store.artifact_staging import ArtifactStaging
 
 MIB, GIB = 2**20, 2**30
 MIN_DISK_BYTES, FULL_DISK_BYTES = GIB, 64 * MIB

@@ -14,11 +14,12 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
-from lattice_worker import convert, host
+from lattice_worker import convert
 from lattice_worker.agent import DIAL_S, MAX_BACKOFF_S, MIN_BACKOFF_S, PROTOCOL_VERSION, VERSION, Agent
 from lattice_worker.channel import check_cancelled, opened
 from lattice_worker.config import WorkerConfig
-from lattice_worker.ray_node import RayNode, version
+from lattice_worker.machine import host
+from lattice_worker.machine.ray_node import RayNode, version
 
 log = logging.getLogger(__name__)
 

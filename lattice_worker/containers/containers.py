@@ -18,14 +18,14 @@ from itertools import count
 from pathlib import Path
 
 from lattice_worker import background
-from lattice_worker.artifact_staging import locked
 from lattice_worker.containers import spec
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.digest import source_digest
 from lattice_worker.containers.engine import Engine, EngineError
+from lattice_worker.pool.zygote import Process
 from lattice_worker.runner.container import SOCKET
 from lattice_worker.sandbox.policy import Policy, environment_of
-from lattice_worker.zygote import Process
+from lattice_worker.store.artifact_staging import locked
 
 FOLDER_PREFIX = "lattice-containers-"
 LABEL = "lattice.folder"  # Of a container: the folder of its agent, which that has locked.

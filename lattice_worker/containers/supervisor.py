@@ -12,9 +12,9 @@ from typing import Any
 from lattice_worker.containers.containers import Container, Containers
 from lattice_worker.containers.engine import EngineError
 from lattice_worker.egress.agent import Egress
+from lattice_worker.pool.zygote import Process
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
-from lattice_worker.zygote import Process
 
 
 class ContainerSupervisor(Supervisor):

@@ -1,4 +1,4 @@
-"""The runner's end of the claim pipe; `lattice_worker.pipelining` describes it.
+"""The runner's end of the claim pipe; `lattice_worker.pool.pipelining` describes it.
 
 Rule: an invocation whose claim the agent has read is not run.
 """

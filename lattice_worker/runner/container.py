@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
-from lattice_worker import cgroup
+from lattice_worker.machine import cgroup
 from lattice_worker.runner import process
 from lattice_worker.runner.zygote import DESCRIPTORS, MAX_DESCRIPTORS, REQUEST_BYTES, become_runner
 from lattice_worker.sandbox import facts, libc, seal, syscall_filter

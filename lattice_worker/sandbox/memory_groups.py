@@ -12,8 +12,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from lattice_worker import cgroup
-from lattice_worker.artifact_staging import locked
+from lattice_worker.machine import cgroup
+from lattice_worker.store.artifact_staging import locked
 
 PREFIX = "lattice-"
 PROCESSES = "cgroup.procs"

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from lattice_client import LatticeClient, TaskFailedError, secret, task
-from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import LABEL, Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, MIB, Policy, container_policy
 from lattice_worker.sandbox.supervisor import SandboxError
+from lattice_worker.store.artifact_staging import ArtifactStaging
 from tests.containers.engines import Gate, engine, lack
 from tests.e2e.conftest import served
 from tests.sandbox import attempts, connections, test_honest_code

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lattice_worker import control_socket
 from lattice_worker.cli import main
+from lattice_worker.pool import control_socket
 
 counts: Counter[str] = Counter()
 joined = control_socket.joined

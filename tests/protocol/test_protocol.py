@@ -17,7 +17,7 @@ from lattice_server.core.model import Failure, FailureKind, Payload
 from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
-from lattice_worker.lease_machine import LeaseMachine
+from lattice_worker.session.lease_machine import LeaseMachine
 from tests.examples import share
 from tests.server.core.scenes import node, ready
 

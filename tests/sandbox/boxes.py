@@ -10,15 +10,15 @@ from typing import Any, Self
 
 import cloudpickle
 
-from lattice_worker.control_socket import Control
 from lattice_worker.egress.agent import Egress
+from lattice_worker.pool.control_socket import Control
+from lattice_worker.pool.runner_process import Starter
+from lattice_worker.pool.zygote import Process
+from lattice_worker.pool.zygotes import Zygotes
 from lattice_worker.runner.values import decode_value
-from lattice_worker.runner_process import Starter
 from lattice_worker.sandbox.memory_groups import MemoryGroups
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
-from lattice_worker.zygote import Process
-from lattice_worker.zygotes import Zygotes
 
 TIMEOUT_S = 60.0
 LOG_BYTES = 100_000

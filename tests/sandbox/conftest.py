@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from lattice_worker import cgroup
+from lattice_worker.machine import cgroup
 
 
 @pytest.fixture

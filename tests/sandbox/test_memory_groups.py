@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroup, MemoryGroups
 from lattice_worker.sandbox.policy import LEVELS, MIB, policy_of
 from lattice_worker.sandbox.supervisor import SandboxError
+from lattice_worker.store.artifact_staging import ArtifactStaging
 from tests.sandbox.boxes import boxes
 
 HUNDRED = 100 * MIB

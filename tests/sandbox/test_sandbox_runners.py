@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_pool import Pool
+from lattice_worker.pool.zygote import Process, Zygote
 from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.policy import LEVELS, SECCOMP
 from lattice_worker.sandbox.supervisor import SandboxError
-from lattice_worker.zygote import Process, Zygote
+from lattice_worker.store.artifact_staging import ArtifactStaging
 
 
 def with_pool(folder: Path, scenario: Callable[[Pool], Awaitable[Any]]) -> Any:

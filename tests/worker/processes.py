@@ -8,9 +8,9 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lattice_worker.pool.zygote import Process
+from lattice_worker.pool.zygotes import Zygotes
 from lattice_worker.runner.frames import LENGTH, PACKET_BYTES, WHOLE, Assembler, packets_of, parse
-from lattice_worker.zygote import Process
-from lattice_worker.zygotes import Zygotes
 
 
 def succeeded(header: dict[str, Any], blobs: list[bytes], value: Any = 1) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker import cli, context
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.local_store import LocalStore
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore
 from tests.e2e.proxy import Gate
 from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, Stream, pair
 

@@ -12,16 +12,17 @@ import h11
 import pytest
 from lattice.v1 import errors_pb2, worker_pb2
 
-from lattice_worker import background, context, outcomes
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.attempt_reports import AttemptReports
-from lattice_worker.crash import Crash
+from lattice_worker import background, context
+from lattice_worker.attempts import outcomes
+from lattice_worker.attempts.attempt_reports import AttemptReports
+from lattice_worker.attempts.questions import Questions
 from lattice_worker.egress.exchange import Exchange
 from lattice_worker.egress.streams import Peer
-from lattice_worker.limits import Limits
-from lattice_worker.questions import Questions
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.crash import Crash
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.services import instance
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.artifact_staging import ArtifactStaging
 from tests.worker.head import TIMEOUT_S, pair
 from tests.worker.processes import FakeProcess, settle
 from tests.worker.test_frames import Scene
@@ -124,7 +125,7 @@ def test_lease_ends_as_internal_when_its_answer_cannot_be_taken(
 def test_lease_ends_as_internal_when_the_conversion_in_the_background_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_worker.attempt_reports.LARGE_ANSWER_BLOBS", 1)
+    monkeypatch.setattr("lattice_worker.attempts.attempt_reports.LARGE_ANSWER_BLOBS", 1)
     monkeypatch.setattr(AttemptReports, "_report_end", once(AttemptReports._report_end))
     assert end_of_lease(tmp_path) == ("failed", INTERNAL)
 

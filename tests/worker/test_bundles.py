@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lattice.v1 import task_pb2, worker_pb2
 
-from lattice_worker.bundles import NEW_S, Bundles
+from lattice_worker.store.bundles import NEW_S, Bundles
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker import cgroup
-from lattice_worker.cgroup import Limits
+from lattice_worker.machine import cgroup
+from lattice_worker.machine.cgroup import Limits
 
 GIB = 2**30
 UNLIMITED = "9223372036854771712\n"

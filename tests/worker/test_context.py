@@ -21,7 +21,7 @@ from lattice_worker.runner.called import Call
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.values import PayloadError
-from lattice_worker.spawn_arguments import take_id
+from lattice_worker.task_context.spawn_arguments import take_id
 
 from lattice.v1 import payload_pb2, task_pb2  # isort: skip
 

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from typing import Any
 
-from lattice_worker.control_socket import Control
+from lattice_worker.pool.control_socket import Control
 from lattice_worker.runner.frames import PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
 
 

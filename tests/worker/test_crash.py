@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from lattice_worker import cgroup
-from lattice_worker.crash import Crash
+from lattice_worker.machine import cgroup
+from lattice_worker.pool.crash import Crash
 
 
 def kind_of(crash: Crash, status: int = -signal.SIGKILL) -> str:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lattice_worker import cgroup, doctor
+from lattice_worker import doctor
+from lattice_worker.machine import cgroup
 from lattice_worker.sandbox.policy import LEVELS
 
 

@@ -14,13 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.attempt_executor import AttemptExecutor
-from lattice_worker.attempt_reports import AttemptReports
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore
-from lattice_worker.output_reports import OutputReports
-from lattice_worker.questions import Questions
+from lattice_worker.attempts.attempt_executor import AttemptExecutor
+from lattice_worker.attempts.attempt_reports import AttemptReports
+from lattice_worker.attempts.output_reports import OutputReports
+from lattice_worker.attempts.questions import Questions
+from lattice_worker.attempts.streams import Streams
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import (
     FIRST,
@@ -34,8 +33,9 @@ from lattice_worker.runner.frames import (
     packets_of,
     parse,
 )
-from lattice_worker.runner_pool import Pool
-from lattice_worker.streams import Streams
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore
 from tests.examples import examples
 from tests.worker.processes import FakeProcess, FakeZygotes, packet_of, settle, succeeded
 

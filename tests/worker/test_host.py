@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from lattice_worker import cgroup, host
 from lattice_worker.config import WorkerConfig
+from lattice_worker.machine import cgroup, host
 
 GIB = 2**30
 

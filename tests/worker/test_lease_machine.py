@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lattice_worker.lease_machine import LeaseMachine
-from lattice_worker.report_queue import ReportQueue
-from lattice_worker.slots import LeaseState, SlotTable
+from lattice_worker.session.lease_machine import LeaseMachine
+from lattice_worker.session.report_queue import ReportQueue
+from lattice_worker.session.slots import LeaseState, SlotTable
 from tests.examples import share
 
 

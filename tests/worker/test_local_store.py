@@ -13,11 +13,11 @@ import grpc
 import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
-from lattice_worker import artifact_upload
-from lattice_worker import local_store as store_module
-from lattice_worker.artifact_staging import PREFIX, ArtifactStaging
-from lattice_worker.local_store import LocalStore, MissingError
-from lattice_worker.peer_fetch import PeerFetcher
+from lattice_worker.session import artifact_upload
+from lattice_worker.store import local_store as store_module
+from lattice_worker.store.artifact_staging import PREFIX, ArtifactStaging
+from lattice_worker.store.local_store import LocalStore, MissingError
+from lattice_worker.store.peer_fetch import PeerFetcher
 
 BYTES = b"some bytes"
 DIGEST = "sha256:code"

@@ -14,8 +14,8 @@ from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import node_join
 from lattice_worker.config import WorkerConfig
+from lattice_worker.machine.ray_node import RayNode, version
 from lattice_worker.node_join import Joiner
-from lattice_worker.ray_node import RayNode, version
 from tests.worker.head import Head, Stream
 
 TIMEOUT_S = 30.0

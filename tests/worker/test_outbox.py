@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_worker import outbox as outbox_module
-from lattice_worker.lease_machine import LeaseMachine
-from lattice_worker.limits import Limits
-from lattice_worker.outbox import PART_BYTES, Outbox
+from lattice_worker.session import outbox as outbox_module
+from lattice_worker.session.lease_machine import LeaseMachine
+from lattice_worker.session.limits import Limits
+from lattice_worker.session.outbox import PART_BYTES, Outbox
 
 LONG_S = 3600.0
 DRAINING = worker_pb2.Draining()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.output_reports import REPORT_CHARACTERS, OutputReports
+from lattice_worker.attempts.output_reports import REPORT_CHARACTERS, OutputReports
 from tests.examples import examples
 from tests.worker.head import LIMIT_BYTES, Pair, play
 

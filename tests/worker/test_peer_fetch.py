@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.peer_fetch import AT_A_TIME, SKIP_NODE_S, PeerFetcher
+from lattice_worker.store.peer_fetch import AT_A_TIME, SKIP_NODE_S, PeerFetcher
 
 NAME = "0" * 32
 BYTES = b"some bytes"

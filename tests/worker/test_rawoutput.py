@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-from lattice_worker.rawoutput import RawOutput
+from lattice_worker.pool.rawoutput import RawOutput
 
 
 def test_output_has_its_writer_when_the_invocation_ends_during_the_read() -> None:

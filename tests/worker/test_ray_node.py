@@ -12,9 +12,9 @@ import psutil
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_worker import ray_node
 from lattice_worker.config import WorkerConfig
-from lattice_worker.ray_node import RayNode
+from lattice_worker.machine import ray_node
+from lattice_worker.machine.ray_node import RayNode
 
 TIMEOUT_S = 30.0
 CLUSTER = worker_pb2.RayCluster(address="127.0.0.1:6379", token="Ray's", resource="lattice-node-m")

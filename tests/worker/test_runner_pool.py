@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.artifact_staging import INCOMING, PREFIX, REPORTED, ArtifactStaging
-from lattice_worker.invocation import RunnerKey
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.runner.process_tree import children_of
-from lattice_worker.runner_pool import Pool
+from lattice_worker.store.artifact_staging import INCOMING, PREFIX, REPORTED, ArtifactStaging
 
 
 def descriptors() -> int:

@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from lattice.v1 import payload_pb2
 
-from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.config import HEAD_STORE
-from lattice_worker.local_store import LocalStore
 from lattice_worker.runner import spare_files
 from lattice_worker.runner.artifacts import Encoder, create_artifact, open_artifact
 from lattice_worker.runner.spare_files import SPARES, claimed, delete_spares, opened
 from lattice_worker.sandbox.results import inlined, screened
-from lattice_worker.spare_keeper import SpareKeeper
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore
+from lattice_worker.store.spare_keeper import SpareKeeper
 from tests.leftovers import held_by
 from tests.worker.head import Stream, pair
 
@@ -202,7 +202,7 @@ def test_no_spares_are_kept_where_the_kernel_does_not_count_mappings(short_path:
 import asyncio, os, sys
 from pathlib import Path
 from lattice_server.engine import spare_keeper as of_server
-from lattice_worker import spare_keeper as of_worker
+from lattice_worker.store import spare_keeper as of_worker
 async def main():
     for folder in map(Path, sys.argv[1:]):
         (folder / "value").write_bytes(bytes(2 << 20))

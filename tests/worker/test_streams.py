@@ -12,8 +12,8 @@ import pytest
 from lattice.v1 import errors_pb2, worker_pb2
 
 from lattice_client import context
-from lattice_worker.limits import Limits
-from lattice_worker.streams import WINDOW_CHUNKS, Streams
+from lattice_worker.attempts.streams import WINDOW_CHUNKS, Streams
+from lattice_worker.session.limits import Limits
 from tests.worker.head import Pair, Stream, play
 
 CHUNKS = 3 * WINDOW_CHUNKS

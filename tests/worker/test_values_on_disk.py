@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.local_store import LocalStore
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore
 
 ROOT = Path(__file__).resolve().parents[2]
 FETCHES = """
@@ -16,8 +16,8 @@ import asyncio, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from lattice.v1 import payload_pb2
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.local_store import LocalStore, MissingError
+from lattice_worker.store.artifact_staging import ArtifactStaging
+from lattice_worker.store.local_store import LocalStore, MissingError
 
 class Head:
     async def ReadArtifact(self, request):
@@ -170,7 +170,7 @@ def run_in_small_memory(tmp_path: Path, script: str, *, has_disk: bool) -> list[
 @pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
 @pytest.mark.parametrize("has_disk", [True, False])
 def test_a_fetched_value_is_kept_on_disk_when_the_store_is_full(tmp_path: Path, has_disk: bool) -> None:
-    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.local_store as m\nm.RETRY_S = 0.01\n"
+    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.store.local_store as m\nm.RETRY_S = 0.01\n"
     script += 'asyncio.run(fetch(os.environ["MEMORY"]))'
     said = run_in_small_memory(tmp_path, script, has_disk=has_disk)
     if has_disk:
@@ -200,7 +200,7 @@ from io import BytesIO
 from pathlib import Path
 from zipfile import ZipFile
 from lattice.v1 import task_pb2
-from lattice_worker import local_store as module
+from lattice_worker.store import local_store as module
 from lattice_worker.runner.spare_files import SPARES
 module.RETRY_S = 0.0
 spare = Path(os.environ["MEMORY"], SPARES, "spare")
@@ -231,7 +231,7 @@ asyncio.run(main())
 @pytest.mark.skipif(os.geteuid() != 0, reason="a file system is mounted")
 def test_spares_make_room_for_a_bundle(tmp_path: Path) -> None:
     script = """
-from lattice_worker.bundles import Bundles
+from lattice_worker.store.bundles import Bundles
 
 async def main():
     data = BytesIO()

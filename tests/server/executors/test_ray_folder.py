@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lattice_server.executors import ray_folder as of_server
-from lattice_worker import ray_folder as of_worker
+from lattice_worker.machine import ray_folder as of_worker
 
 Usage = namedtuple("Usage", "total used free")
 # What Ray adds for its longest socket, with the largest process id.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-# Replaced or read by `lattice_server/executors/ray_driver.py` and `lattice_worker/ray_node.py`.
+# Replaced or read by `lattice_server/executors/ray_driver.py` and `lattice_worker/machine/ray_node.py`.
 PRIVATE = [
     ("ray._private.services", "resolve_ip_for_localhost"),
     ("ray._private.worker", "_global_node"),

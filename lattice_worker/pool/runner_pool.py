@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Collection, Container, Iterable
 
 from lattice_worker import background
-from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.egress.agent import Egress
-from lattice_worker.idle_runners import IdleRunners
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_counts import RunnerCounts
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.idle_runners import IdleRunners
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_counts import RunnerCounts
+from lattice_worker.pool.runner_handle import Runner
+from lattice_worker.pool.sandbox_runners import SandboxRunners
+from lattice_worker.pool.shared_runners import SharedRunners
+from lattice_worker.pool.zygotes import Zygotes
 from lattice_worker.sandbox.supervisor import Supervisor
-from lattice_worker.sandbox_runners import SandboxRunners
-from lattice_worker.shared_runners import SharedRunners
-from lattice_worker.zygotes import Zygotes
+from lattice_worker.store.artifact_staging import ArtifactStaging
 
 IDLE_PER_SPARE = 2
 

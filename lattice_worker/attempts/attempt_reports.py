@@ -12,13 +12,14 @@ from typing import Any
 
 from lattice.v1 import task_pb2, worker_pb2
 
-from lattice_worker import background, convert, outcomes
+from lattice_worker import background, convert
+from lattice_worker.attempts import outcomes
+from lattice_worker.attempts.output_reports import OutputReports
+from lattice_worker.attempts.tracing import traced_from_frame, traced_item
 from lattice_worker.egress.agent import Connection
-from lattice_worker.invocation import failed
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore
-from lattice_worker.output_reports import OutputReports
-from lattice_worker.tracing import traced_from_frame, traced_item
+from lattice_worker.pool.invocation import failed
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.local_store import LocalStore
 
 # A start is reported late, so that a short attempt needs one message instead of two.
 START_DELAY_S = 0.002

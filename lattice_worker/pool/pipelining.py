@@ -15,7 +15,7 @@ import os
 import struct
 from itertools import count
 
-from lattice_worker.invocation import Frame, Invocation
+from lattice_worker.pool.invocation import Frame, Invocation
 
 MAX_PIPELINED = 64
 CLAIM = struct.Struct("<Q")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from lattice_worker import background
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_handle import Runner
 
 
 class SharedRunners:

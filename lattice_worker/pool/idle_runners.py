@@ -1,7 +1,7 @@
 """The runners that have served a key and run nothing now, in the order of their last use."""
 
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_handle import Runner
 
 
 class IdleRunners:

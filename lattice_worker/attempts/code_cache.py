@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from lattice.v1 import task_pb2
 
-from lattice_worker.bundles import Bundles
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.runner_pool import Pool
+from lattice_worker.store.bundles import Bundles
 
 
 class CodeCache:

@@ -11,14 +11,14 @@ from itertools import count
 from typing import Any
 
 from lattice_worker import background
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.crash import Crash
 from lattice_worker.egress.agent import Connection
-from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed, ignore_spans
+from lattice_worker.pool.crash import Crash
+from lattice_worker.pool.invocation import Frame, Invocation, RunnerKey, failed, ignore_spans
+from lattice_worker.pool.runner_process import Listener, RunnerProcess, Starter, start_process
+from lattice_worker.pool.sent_functions import SentFunctions
 from lattice_worker.runner.frames import FrameTooLargeError
-from lattice_worker.runner_process import Listener, RunnerProcess, Starter, start_process
 from lattice_worker.sandbox.supervisor import Supervisor
-from lattice_worker.sent_functions import SentFunctions
+from lattice_worker.store.artifact_staging import ArtifactStaging
 
 log = logging.getLogger(__name__)
 

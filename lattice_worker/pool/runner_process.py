@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lattice_worker.artifact_staging import ArtifactStaging
-from lattice_worker.control_socket import Control
-from lattice_worker.pipelining import Pipeline
-from lattice_worker.rawoutput import RawOutput
+from lattice_worker.pool.control_socket import Control
+from lattice_worker.pool.pipelining import Pipeline
+from lattice_worker.pool.rawoutput import RawOutput
+from lattice_worker.pool.zygote import Process
 from lattice_worker.runner.frames import MAX_FRAME_BYTES
 from lattice_worker.sandbox.supervisor import Supervisor
-from lattice_worker.zygote import Process
+from lattice_worker.store.artifact_staging import ArtifactStaging
 
 MARK_BYTES = 8
 

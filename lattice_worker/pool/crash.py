@@ -9,8 +9,8 @@ from typing import Any
 
 from lattice.v1 import worker_pb2
 
-from lattice_worker import cgroup
-from lattice_worker.invocation import Invocation, failed
+from lattice_worker.machine import cgroup
+from lattice_worker.pool.invocation import Invocation, failed
 
 MAX_SUSPECTS = 1000
 

@@ -11,8 +11,8 @@ import socket
 import psutil
 from lattice.v1 import resources_pb2
 
-from lattice_worker import cgroup
 from lattice_worker.config import WorkerConfig
+from lattice_worker.machine import cgroup
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 MIN_SLOTS = 32

@@ -6,9 +6,9 @@ Rule: the server chooses the leases to adopt. Reports of the other leases are dr
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.local_store import LocalStore
-from lattice_worker.outbox import Leases
-from lattice_worker.questions import Questions
+from lattice_worker.attempts.questions import Questions
+from lattice_worker.session.outbox import Leases
+from lattice_worker.store.local_store import LocalStore
 
 
 def held_leases(leases: Leases, questions: Questions) -> list[worker_pb2.HeldLease]:

@@ -12,10 +12,10 @@ from typing import Any
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker import background, convert
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore, MissingError
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.runner_handle import Runner
 from lattice_worker.sandbox.results import InputError, inlined
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.local_store import LocalStore, MissingError
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000

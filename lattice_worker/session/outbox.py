@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.lease_machine import LeaseMachine
-from lattice_worker.limits import Limits
+from lattice_worker.session.lease_machine import LeaseMachine
+from lattice_worker.session.limits import Limits
 
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 2 * CHUNK_BYTES

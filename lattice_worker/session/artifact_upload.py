@@ -8,8 +8,8 @@ import grpc
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import background
-from lattice_worker.local_store import LocalStore
-from lattice_worker.outbox import CHUNK_BYTES
+from lattice_worker.session.outbox import CHUNK_BYTES
+from lattice_worker.store.local_store import LocalStore
 
 log = logging.getLogger(__name__)
 

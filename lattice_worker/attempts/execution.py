@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.invocation import Invocation
 from lattice_worker.masking import Masker
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.invocation import Invocation
+from lattice_worker.pool.runner_handle import Runner
 
 
 @dataclass(slots=True)

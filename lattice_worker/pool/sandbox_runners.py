@@ -8,8 +8,8 @@ from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.engine import EngineError
 from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.egress.agent import Egress
-from lattice_worker.invocation import RunnerKey
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.invocation import RunnerKey
+from lattice_worker.pool.runner_handle import Runner
 from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroups
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of

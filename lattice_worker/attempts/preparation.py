@@ -4,28 +4,21 @@ import asyncio
 import math
 from typing import Any
 
-from lattice.v1 import resources_pb2, task_pb2, worker_pb2
+from lattice.v1 import task_pb2, worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.bundles import Bundles
-from lattice_worker.crash import Suspects
-from lattice_worker.invocation import Frame, RunnerKey
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore
-from lattice_worker.runner_handle import Runner
-from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
+from lattice_worker.attempts.streams import WINDOW_BYTES, WINDOW_CHUNKS
+from lattice_worker.attempts.tracing import trace_parent
+from lattice_worker.pool.crash import Suspects
+from lattice_worker.pool.invocation import Frame, RunnerKey
+from lattice_worker.pool.runner_handle import Runner
+from lattice_worker.sandbox.policy import DOCKER
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
-from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
-from lattice_worker.tracing import trace_parent
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.bundles import Bundles
+from lattice_worker.store.local_store import LocalStore
 
 WINDOW = (WINDOW_CHUNKS, WINDOW_BYTES)
-# The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
-ISOLATIONS = {
-    resources_pb2.ISOLATION_NONE: "",
-    resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
-    resources_pb2.ISOLATION_SECCOMP: SECCOMP,
-    resources_pb2.ISOLATION_DOCKER: DOCKER,
-}
 
 
 class Preparation:
@@ -37,7 +30,7 @@ class Preparation:
     def key(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, suspects: Suspects) -> RunnerKey:
         """Return the key of the runners that may run an assignment."""
         bundle, concurrency = self._bundles.path(function.bundle_digest), function.python.concurrency
-        isolation = ISOLATIONS.get(assignment.isolation, "")
+        isolation = convert.ISOLATIONS.get(assignment.isolation, "")
         is_async = concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
         variables = tuple(sorted(assignment.environment.items())) if assignment.environment else ()

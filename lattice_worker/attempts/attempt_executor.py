@@ -11,24 +11,25 @@ from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker import background, convert, outcomes
-from lattice_worker.attempt_reports import AttemptReports
-from lattice_worker.code_cache import CodeCache
-from lattice_worker.crash import Suspects
+from lattice_worker import background, convert
+from lattice_worker.attempts import outcomes
+from lattice_worker.attempts.attempt_reports import AttemptReports
+from lattice_worker.attempts.code_cache import CodeCache
+from lattice_worker.attempts.execution import Execution, named
+from lattice_worker.attempts.preparation import Preparation
+from lattice_worker.attempts.questions import Questions
+from lattice_worker.attempts.streams import Streams
 from lattice_worker.egress.agent import Connection
-from lattice_worker.execution import Execution, named
-from lattice_worker.invocation import Invocation, RunnerKey, failed
-from lattice_worker.limits import Limits
-from lattice_worker.local_store import LocalStore, MissingError
 from lattice_worker.masking import Log, Masker
-from lattice_worker.pipelining import MAX_PIPELINED
-from lattice_worker.preparation import ISOLATIONS, Preparation
-from lattice_worker.questions import Questions
-from lattice_worker.runner_handle import Runner
-from lattice_worker.runner_pool import Pool
+from lattice_worker.pool.crash import Suspects
+from lattice_worker.pool.invocation import Invocation, RunnerKey, failed
+from lattice_worker.pool.pipelining import MAX_PIPELINED
+from lattice_worker.pool.runner_handle import Runner
+from lattice_worker.pool.runner_pool import Pool
 from lattice_worker.sandbox.results import InputError
 from lattice_worker.sandbox.supervisor import SandboxError
-from lattice_worker.streams import Streams
+from lattice_worker.session.limits import Limits
+from lattice_worker.store.local_store import LocalStore, MissingError
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class AttemptExecutor:
         self._fail(assignment, "cancelled", "cancelled before it started")
 
     def _start(self, assignment: worker_pb2.Assignment, execution: Execution) -> None:
-        if assignment.isolation not in ISOLATIONS:
+        if assignment.isolation not in convert.ISOLATIONS:
             level = resources_pb2.Isolation.Name(assignment.isolation)
             self._fail(assignment, "sandbox_setup", f"this worker cannot set up {level}")
             return

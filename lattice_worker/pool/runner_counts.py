@@ -7,8 +7,8 @@ from functools import partial
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2
 
-from lattice_worker.preparation import ISOLATIONS
-from lattice_worker.runner_handle import Runner
+from lattice_worker.convert import ISOLATIONS
+from lattice_worker.pool.runner_handle import Runner
 
 LEVELS = {level: number for number, level in ISOLATIONS.items()}
 MAX_DURATIONS = 1000  # Of one heartbeat.

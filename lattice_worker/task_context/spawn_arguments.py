@@ -11,7 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from lattice_worker.runner.text import utf8
-from lattice_worker.spawned import SpawnedOutput, SpawnedTask
+from lattice_worker.task_context.spawned import SpawnedOutput, SpawnedTask
 
 # How a plain function is spawned.
 PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}

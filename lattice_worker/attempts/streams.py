@@ -14,8 +14,8 @@ from typing import Any
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.limits import Limits
-from lattice_worker.runner_handle import Runner
+from lattice_worker.pool.runner_handle import Runner
+from lattice_worker.session.limits import Limits
 
 # After a report the next one has the chunks of so many seconds; the first chunk after a pause is reported at once.
 FLUSH_S = 0.005

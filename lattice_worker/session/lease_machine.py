@@ -19,8 +19,8 @@ had started. A lease whose predecessor fails is revoked.
 from collections.abc import Callable, Collection, Iterable
 from typing import Generic, Protocol, TypeVar
 
-from lattice_worker.report_queue import ReportQueue
-from lattice_worker.slots import LeaseState, SlotTable
+from lattice_worker.session.report_queue import ReportQueue
+from lattice_worker.session.slots import LeaseState, SlotTable
 
 Work = TypeVar("Work")
 Report = TypeVar("Report")

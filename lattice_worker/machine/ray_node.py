@@ -15,9 +15,10 @@ from pathlib import Path
 
 from lattice.v1 import worker_pb2
 
-from lattice_worker import background, host
+from lattice_worker import background
 from lattice_worker.config import WorkerConfig
-from lattice_worker.ray_folder import LOG, RayFolder
+from lattice_worker.machine import host
+from lattice_worker.machine.ray_folder import LOG, RayFolder
 from lattice_worker.runner.process_tree import kill_tree
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lattice_worker import host
+from lattice_worker.machine import host
 
-PROGRAM = Path(__file__).parent / "runner" / "__main__.py"
+PROGRAM = Path(__file__).parent.parent / "runner" / "__main__.py"
 REPLY_BYTES = 4096
 DIED = "the process that starts others has died"
 

@@ -1,0 +1,1 @@
+"""This machine: its capacity, control group, memory and Ray node."""
