@@ -1,4 +1,7 @@
-"""Starts a server on Ray, runs the agent example on it, and stops the server. `make demo` calls it."""
+"""Starts a server on Ray, runs the agent example on it, and stops the server. `make demo` calls it.
+
+Flags are given to `lattice start`; by default the server has a free port.
+"""
 
 import os
 import subprocess
@@ -16,7 +19,7 @@ def main() -> int:
     print("Starting a server that places its workers with Ray ...", flush=True)
     began = time.monotonic()
     environment = {"GRPC_VERBOSITY": "ERROR", "PYTHONUNBUFFERED": "1", **os.environ}
-    command = [LATTICE, "start", "--head", "--port", "0"]
+    command = [LATTICE, "start", "--head", *(sys.argv[1:] or ["--port", "0"])]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import httpx
 import pytest
 
 from lattice_client import LatticeClient, RunCancelledError
-from tests.commands import LATTICE
+from tests.commands import LATTICE, START
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
 OTHERS = ("agent_loop", "data_analysis", "debate", "embeddings", "rag", "research_agent")
+DEMO = [sys.executable, str(ROOT / "scripts" / "demo.py")]
 REPEATED = pytest.mark.exhaustive
 
 
@@ -176,9 +178,41 @@ def _once_listening(call: Callable[[], httpx.Response], service: subprocess.Pope
             time.sleep(0.05)
 
 
+def test_the_demo_gives_the_right_answer_when_its_server_is_killed_in_the_middle(tmp_path: Path) -> None:
+    port = free_port()
+    flags = ["--port", str(port), "--journal", str(tmp_path / "journal")]
+    with subprocess.Popen([*DEMO, *flags], stdout=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        next(line for line in demo.stdout if "listening" in line)
+        with LatticeClient(f"127.0.0.1:{port}") as client:
+            server = client.server_info().pid
+            while not (runs := list(client.list_runs(1))):
+                time.sleep(0.01)
+            next(event for event in client.get_run(runs[0].run_id).events() if event.type == "task_started")
+        killed_s = time.time()
+        os.kill(server, signal.SIGKILL)
+        while _listens(port):
+            time.sleep(0.02)
+        again = subprocess.Popen([*START, "--head", *flags], stdout=subprocess.DEVNULL)
+        try:
+            shown = demo.stdout.read()
+            assert demo.wait(100) == 0, shown
+            with LatticeClient(f"127.0.0.1:{port}") as client:
+                last = list(client.get_run(runs[0].run_id).events())[-1]
+        finally:
+            again.terminate()
+            again.wait(60)
+    assert "→ 144" in shown
+    assert last.time_s > killed_s, "it was not in the middle"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_the_demo_runs_and_cleans_up() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "demo.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(DEMO, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert "→ 144" in done.stdout
     assert done.stdout.endswith("The server and its workers have stopped.\n")
