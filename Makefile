@@ -17,10 +17,13 @@ setup: $(VENV)/.stamp nodejs go network docker proto-tools
 test: setup
 	$(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS)
 
-# To run at each change: all but the tests that start servers, or processes in great numbers.
-.PHONY: check
-check: lint
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not exhaustive" $(PYTEST_FLAGS)
+# To run at each change: all but the tests that start servers, or processes in great numbers. Style and types are
+# checked beside them. All of tests/e2e is slow, and importing it takes a quarter of the collection of tests.
+.PHONY: check check-tests
+check: lint check-tests
+
+check-tests: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not exhaustive" --ignore=tests/e2e $(PYTEST_FLAGS)
 
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all

@@ -104,8 +104,7 @@ def pytest_collection_finish() -> None:
     Each server in a test makes one when it starts.
     """
     gc.enable()
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # Also the little garbage of the imports, which would take half a second to find.
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

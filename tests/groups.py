@@ -9,6 +9,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 STARTS_RAY = "tests that start a Ray"
 ON_RAY = "tests on the server on Ray"
+# Follows those: its first test on the other server ends that one, which would take a tenth of a processor.
+ON_THE_OTHER = "tests/e2e/test_runs.py"
 STARTING = tuple(
     f"tests/e2e/test_{name}" for name in ("ray_cluster.py::", "ray_beside.py::", "examples.py::test_the_demo")
 )
@@ -17,6 +19,7 @@ FIRST = (
     "tests/e2e/test_cluster_on_ray.py",
     STARTS_RAY,
     ON_RAY,
+    ON_THE_OTHER,
     "tests/e2e/test_transformers.py",
     "tests/e2e/test_cluster.py",
     "tests/e2e/test_security.py",
@@ -45,4 +48,4 @@ class Groups(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         kind = kind_of(nodeid)
-        return STARTS_RAY if kind == ON_RAY else kind
+        return STARTS_RAY if kind in {ON_RAY, ON_THE_OTHER} else kind

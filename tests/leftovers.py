@@ -35,8 +35,11 @@ def held_by(pids: Iterable[int]) -> set[Path]:
 
 def folders(own: Path) -> set[Path]:
     """Return the folders of all servers and workers of a session."""
-    found = [path for path in SHARED_MEMORY.glob("lattice-*") if own.resolve() in (path / "disk").resolve().parents]
-    return {path for path in (*found, *own.glob("lattice-*")) if path.name.startswith(PREFIXES)}
+    # Each test looks twice, mostly at nothing: `glob` and `resolve` of pathlib would take milliseconds.
+    top = os.path.realpath(own)
+    in_memory = [SHARED_MEMORY / name for name in os.listdir(SHARED_MEMORY) if name.startswith(PREFIXES)]
+    found = {path for path in in_memory if os.path.realpath(path / "disk").startswith(f"{top}{os.sep}")}
+    return found | {own / name for name in os.listdir(own) if name.startswith(PREFIXES)}
 
 
 def unlocked(own: Path) -> set[Path]:

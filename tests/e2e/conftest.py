@@ -74,17 +74,18 @@ def local() -> Iterator[str]:
         yield found
 
 
-@pytest.fixture(scope="session")
-def ray() -> Iterator[str]:
-    """The address of such a server on Ray."""
-    with served("--executor", "ray", *OFFERS, "--config", str(CONFIG)) as found:
-        yield found
-
-
 @pytest.fixture(scope="session", params=["local", "ray"])
-def address(request: pytest.FixtureRequest) -> str:
-    """The address of each of the two servers. Both run until the session ends."""
-    return str(request.getfixturevalue(request.param))
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of each of the two servers.
+
+    The server on Ray ends when a test asks for the other one (see `tests/groups.py`): an idle Ray takes a tenth of a
+    processor.
+    """
+    if request.param == "local":
+        yield str(request.getfixturevalue("local"))
+    else:
+        with served("--executor", "ray", *OFFERS, "--config", str(CONFIG)) as found:
+            yield found
 
 
 @pytest.fixture

@@ -50,9 +50,13 @@ def build(executor: Executor | None = None, **settings: Any) -> App:
     known = {"port": 0, "executor": "local", "num_cpus": 2, "session_ttl_s": SESSION_TTL_S}
     config = ServerConfig(**known | settings)
     if executor is None:
-        return App(config)
-    with mock.patch("lattice_server.app.executor_of", return_value=executor):
-        return App(config)
+        app = App(config)
+    else:
+        with mock.patch("lattice_server.app.executor_of", return_value=executor):
+            app = App(config)
+    # The memory of a server's process is not its own here: looking through that of all tests takes most of a start.
+    app._garbage.start = lambda: None  # type: ignore[method-assign]
+    return app
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +147,7 @@ class Head(worker_pb2_grpc.WorkerServiceServicer):
 
     def __init__(self) -> None:
         self.streams: asyncio.Queue[Stream] = asyncio.Queue()
+        self.open: set[Stream] = set()
         self.address = ""
 
     async def Connect(
@@ -160,17 +161,28 @@ class Head(worker_pb2_grpc.WorkerServiceServicer):
                 stream.requests.put_nowait(request)
 
         reader = asyncio.create_task(read())
+        self.open.add(stream)
         self.streams.put_nowait(stream)
         try:
             while (response := await stream.responses.get()) is not None:
                 yield response
         finally:
             reader.cancel()
+            self.open.discard(stream)
             stream.is_over.set()
 
     async def dialled(self) -> tuple[Stream, worker_pb2.Hello]:
         """Wait for the worker's next stream; return it and its hello."""
         stream = await self.streams.get()
+        return stream, await stream.hello()
+
+    async def dialled_anew(self) -> tuple[Stream, worker_pb2.Hello]:
+        """End the streams of the worker; return its next one and that one's hello."""
+        for stream in [*self.open]:
+            stream.drop()
+            await stream.is_over.wait()
+        while (stream := await self.streams.get()).is_over.is_set():
+            pass
         return stream, await stream.hello()
 
 
@@ -222,13 +234,3 @@ def payload_of(value: Any) -> payload_pb2.Payload:
     if media_type == "application/json":
         return payload_pb2.Payload(media_type=media_type, json=data.decode())
     return payload_pb2.Payload(media_type=media_type, data=data)
-
-
-def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
-    """Play a scenario with a worker."""
-
-    async def scene() -> None:
-        async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
-            await scenario(both)
-
-    asyncio.run(scene())

@@ -11,6 +11,7 @@ from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
+from tests.worker.shared import SharedWorker
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ def test_a_worker_introduces_itself(tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_a_waiting_lease_is_returned_when_it_is_revoked(gate: Gate, tmp_path: Path) -> None:
+def test_a_waiting_lease_is_returned_when_it_is_revoked(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream, wait = both.stream, by_value(wait_at)
         for name in "abc":
@@ -80,10 +81,10 @@ def test_a_waiting_lease_is_returned_when_it_is_revoked(gate: Gate, tmp_path: Pa
         assert await stream.value("c") == "through"
         assert stream.of("b") == ["returned"]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_waiting_lease_is_cancelled_when_it_is_stopped(gate: Gate, tmp_path: Path) -> None:
+def test_a_waiting_lease_is_cancelled_when_it_is_stopped(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream, wait = both.stream, by_value(wait_at)
         for name in "ab":
@@ -94,10 +95,10 @@ def test_a_waiting_lease_is_cancelled_when_it_is_stopped(gate: Gate, tmp_path: P
         gate.open()
         assert await stream.value("a") == "through"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_reports_are_numbered_and_those_not_acknowledged_come_again(tmp_path: Path) -> None:
+def test_reports_are_numbered_and_those_not_acknowledged_come_again(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         first = both.stream
         for name in "abc":
@@ -113,10 +114,10 @@ def test_reports_are_numbered_and_those_not_acknowledged_come_again(tmp_path: Pa
         await second.end("c")
         assert second.reports == first.reports[seen:]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_reports_that_add_up_to_more_than_a_message_come_in_several(tmp_path: Path) -> None:
+def test_reports_that_add_up_to_more_than_a_message_come_in_several(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.drop()
         second, _ = await both.head.dialled()
@@ -130,7 +131,7 @@ def test_reports_that_add_up_to_more_than_a_message_come_in_several(tmp_path: Pa
         await third.end("29")
         assert third.reports == second.reports
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 def test_an_attempt_whose_end_no_message_holds_has_failed(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_an_attempt_whose_end_no_message_holds_has_failed(tmp_path: Path) -> Non
     play(scenario, tmp_path)
 
 
-def test_a_successor_does_not_run_when_the_outputs_before_it_fit_in_no_message(tmp_path: Path) -> None:
+def test_a_successor_does_not_run_when_the_outputs_before_it_fit_in_no_message(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         first = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="first", output="out"))
         both.stream.assign("first", lambda: ["x" * 90_000] * 60, split_outputs=["out"])
@@ -160,10 +161,10 @@ def test_a_successor_does_not_run_when_the_outputs_before_it_fit_in_no_message(t
         assert (await both.stream.end("first")).WhichOneof("fact") == "failed"
         assert (await both.stream.end("second")).WhichOneof("fact") == "returned"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_an_attempt_fails_when_a_task_it_spawns_fits_in_no_message(gate: Gate, tmp_path: Path) -> None:
+def test_an_attempt_fails_when_a_task_it_spawns_fits_in_no_message(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("parent", by_value(spawn_at_length), inputs={"gate": gate.path})
         failure = (await both.stream.end("parent")).failed.failure
@@ -172,10 +173,10 @@ def test_an_attempt_fails_when_a_task_it_spawns_fits_in_no_message(gate: Gate, t
         both.stream.assign("next", lambda: "in the same slot")
         assert await both.stream.value("next") == "in the same slot"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_worker_runs_its_leases_when_its_session_is_resumed(gate: Gate, tmp_path: Path) -> None:
+def test_a_worker_runs_its_leases_when_its_session_is_resumed(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         for name in "ab":
             both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
@@ -189,10 +190,10 @@ def test_a_worker_runs_its_leases_when_its_session_is_resumed(gate: Gate, tmp_pa
         assert await second.value("a") == "through"
         assert await second.value("b") == "through"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) -> None:
+def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path, worker: SharedWorker) -> None:
     journal = tmp_path / "journal"
 
     def note(path: str) -> None:
@@ -212,10 +213,10 @@ def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) 
         await second.end("next in the slot")
         assert journal.read_text() == "ran\n"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_worker_drops_its_leases_when_its_session_is_lost(gate: Gate, tmp_path: Path) -> None:
+def test_a_worker_drops_its_leases_when_its_session_is_lost(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         for name in "ab":
             both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
@@ -231,10 +232,10 @@ def test_a_worker_drops_its_leases_when_its_session_is_lost(gate: Gate, tmp_path
         assert hello.session_id == "s2"
         third.welcome(resumed=True)
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -> None:
+def test_leases_the_head_does_not_know_are_dropped(gate: Gate, worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         for slot, name in enumerate("ab"):
             both.stream.assign(name, by_value(wait_at), slot=slot, inputs={"gate": gate.path})
@@ -245,7 +246,7 @@ def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -
         second.assign("c", lambda: "free", slot=0)
         assert await second.value("c") == "free"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -285,7 +286,7 @@ def test_a_worker_comes_back_to_a_head_that_stopped_unless_told_otherwise(tmp_pa
     play(last, tmp_path, "--exit-on-close")
 
 
-def test_a_spawned_task_needs_the_python_of_its_parent_when_its_pickle_holds_code(tmp_path: Path) -> None:
+def test_a_spawned_task_needs_the_python_of_its_parent_when_its_pickle_holds_code(worker: SharedWorker) -> None:
     def spawns() -> None:
         from lattice_worker import context
 
@@ -302,10 +303,10 @@ def test_a_spawned_task_needs_the_python_of_its_parent_when_its_pickle_holds_cod
         held = resources_pb2.Runtime(language="python", version=here)
         assert needs == {"named": resources_pb2.Runtime(), "held": held}
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_lease_waits_for_code_that_was_forgotten_and_asks_for_it(tmp_path: Path) -> None:
+def test_a_lease_waits_for_code_that_was_forgotten_and_asks_for_it(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream = both.stream
         first = stream.assign("a", lambda: "known")
@@ -325,10 +326,10 @@ def test_a_lease_waits_for_code_that_was_forgotten_and_asks_for_it(tmp_path: Pat
         second.say(functions=[code])
         assert [await second.value(name) for name in "bc"] == ["known", "known"]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_lease_that_waits_for_its_code_can_be_cancelled(tmp_path: Path) -> None:
+def test_a_lease_that_waits_for_its_code_can_be_cancelled(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream = both.stream
         first = stream.assign("a", lambda: "known")
@@ -342,11 +343,13 @@ def test_a_lease_that_waits_for_its_code_can_be_cancelled(tmp_path: Path) -> Non
         stream.assign("c", lambda: "free")
         assert await stream.value("c") == "free"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_code_that_a_call_needs_is_forgotten_when_the_call_is_over(is_async: bool, gate: Gate, tmp_path: Path) -> None:
+def test_code_that_a_call_needs_is_forgotten_when_the_call_is_over(
+    is_async: bool, gate: Gate, worker: SharedWorker
+) -> None:
     async def wait_async(gate: str) -> str:
         import asyncio
 
@@ -366,4 +369,4 @@ def test_code_that_a_call_needs_is_forgotten_when_the_call_is_over(is_async: boo
         gate.open()
         assert await stream.value("b") == "through"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)

@@ -16,6 +16,7 @@ from lattice_worker.store.artifact_staging import ArtifactStaging
 from lattice_worker.store.local_store import LocalStore
 from tests.e2e.proxy import Gate
 from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, Stream, pair
+from tests.worker.shared import SharedWorker
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("how", ["fails", "dies", "is stopped"])
 def test_an_attempt_that_does_not_succeed_leaves_none_of_its_large_values(
-    how: str, is_async: bool, gate: Gate, store: Path
+    how: str, is_async: bool, gate: Gate, worker: SharedWorker
 ) -> None:
     class Odd:
         def __init__(self, how: str, path: str) -> None:
@@ -102,15 +103,15 @@ def test_an_attempt_that_does_not_succeed_leaves_none_of_its_large_values(
         inputs = {"how": how, "path": gate.path, "size": LARGE}
         both.stream.assign("a", function, split_outputs=["out"], is_async=is_async, inputs=inputs)
         if how == "is stopped":
-            await until(lambda: bool(files(store)))
+            await until(lambda: bool(files(worker.folder)))
             both.stream.say(stop_lease_ids=["a"])
         assert (await both.stream.end("a")).WhichOneof("fact") == "failed"
-        await until(lambda: not files(store))
+        await until(lambda: not files(worker.folder))
 
-    play(scenario, store)
+    worker.play(scenario)
 
 
-def test_of_a_batch_the_large_values_of_members_that_succeed_are_kept(store: Path) -> None:
+def test_of_a_batch_the_large_values_of_members_that_succeed_are_kept(worker: SharedWorker) -> None:
     class Many:
         def __init__(self, size: int, last: Any) -> None:
             self.size, self.last = size, last
@@ -131,12 +132,12 @@ def test_of_a_batch_the_large_values_of_members_that_succeed_are_kept(store: Pat
         both.stream.assign("both", each, batched=True, attempts=attempts, split_outputs=["out"])
         first, second = [await both.stream.end("both") for _ in range(2)]
         assert second.failed.failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
-        assert files(store) == [first.succeeded.split["out"].items[0].artifact.artifact_id] * 2
+        assert files(worker.folder) == [first.succeeded.split["out"].items[0].artifact.artifact_id] * 2
 
-    play(scenario, store)
+    worker.play(scenario)
 
 
-def test_a_spawn_that_cannot_be_sent_leaves_none_of_its_large_values(store: Path) -> None:
+def test_a_spawn_that_cannot_be_sent_leaves_none_of_its_large_values(worker: SharedWorker) -> None:
     def spawn(size: int) -> str:
         try:
             context.spawn(len, {"first": "x" * size, "second": (number for number in ())})
@@ -147,12 +148,12 @@ def test_a_spawn_that_cannot_be_sent_leaves_none_of_its_large_values(store: Path
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", spawn, inputs={"size": LARGE})
         assert await both.stream.value("a") == "PayloadError"
-        assert not files(store)
+        assert not files(worker.folder)
 
-    play(scenario, store)
+    worker.play(scenario)
 
 
-def test_a_large_value_is_there_until_it_is_dropped_and_nothing_is_left_then(store: Path) -> None:
+def test_a_large_value_is_there_until_it_is_dropped_and_nothing_is_left_then(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream = both.stream
         stream.assign("spawn", lambda size: context.spawn(len, {"it": "x" * size}).task_id, inputs={"size": LARGE})
@@ -161,13 +162,13 @@ def test_a_large_value_is_there_until_it_is_dropped_and_nothing_is_left_then(sto
         name = await made(stream)
         stream.say(acknowledged_sequence=stream.reports[-1].sequence)
         await settled(stream)
-        assert files(store) == sorted([name, spawned])
-        assert (store / name).stat().st_size == LARGE + 2
+        assert files(worker.folder) == sorted([name, spawned])
+        assert (worker.folder / name).stat().st_size == LARGE + 2
         stream.say(drop_artifact_ids=[name, spawned])
         await settled(stream, "after")
-        assert not files(store)
+        assert not files(worker.folder)
 
-    play(scenario, store)
+    worker.play(scenario)
 
 
 @pytest.mark.parametrize("resumed", [True, False])

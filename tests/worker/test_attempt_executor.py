@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, resources_pb2, run_pb2
 
 from tests.worker.head import LIMIT_BYTES, Pair, pair
+from tests.worker.shared import SharedWorker
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,9 @@ def runs(process: psutil.Process) -> bool:
         ("abort", -signal.SIGABRT, "SIGABRT"),
     ],
 )
-def test_a_crash_ends_its_own_attempt_and_no_other(how: str, status: int, message: str, tmp_path: Path) -> None:
+def test_a_crash_ends_its_own_attempt_and_no_other(
+    how: str, status: int, message: str, tmp_path: Path, worker: SharedWorker
+) -> None:
     def crash(how: str) -> None:
         import ctypes
 
@@ -87,10 +90,10 @@ def test_a_crash_ends_its_own_attempt_and_no_other(how: str, status: int, messag
         (tmp_path / "go").touch()
         assert await stream.value("calm") == "calm"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_segmentation_fault_leaves_its_stack_in_the_log(tmp_path: Path) -> None:
+def test_a_segmentation_fault_leaves_its_stack_in_the_log(worker: SharedWorker) -> None:
     def crash_here() -> None:
         import ctypes
 
@@ -101,7 +104,7 @@ def test_a_segmentation_fault_leaves_its_stack_in_the_log(tmp_path: Path) -> Non
         await both.stream.end("a")
         assert "crash_here" in both.stream.logs("a")
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 def print_much(size: int) -> int:
@@ -152,7 +155,7 @@ def test_a_flood_of_output_is_cut_and_takes_no_memory(flood: Callable[[int], int
     play(scenario, tmp_path)
 
 
-def test_output_goes_to_the_attempt_that_wrote_it(tmp_path: Path) -> None:
+def test_output_goes_to_the_attempt_that_wrote_it(worker: SharedWorker) -> None:
     def speak(name: str) -> None:
         import subprocess
         import sys
@@ -184,10 +187,10 @@ def test_output_goes_to_the_attempt_that_wrote_it(tmp_path: Path) -> None:
             errors = [r for r in both.stream.reports if r.log.stream == run_pb2.LOG_STREAM_STDERR]
             assert "".join(r.log.text for r in errors if r.lease_id == name) == f"{name} error\n"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_async_attempts_that_share_a_process_keep_their_output_apart(tmp_path: Path) -> None:
+def test_async_attempts_that_share_a_process_keep_their_output_apart(worker: SharedWorker) -> None:
     async def speak(name: str) -> int:
         for number in range(20):
             print(name, number)
@@ -207,10 +210,10 @@ def test_async_attempts_that_share_a_process_keep_their_output_apart(tmp_path: P
         for name in names:
             assert both.stream.logs(name).splitlines() == [f"{name} {number}" for number in range(20)]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_letter_cut_in_two_by_a_read_is_still_a_letter(tmp_path: Path) -> None:
+def test_a_letter_cut_in_two_by_a_read_is_still_a_letter(worker: SharedWorker) -> None:
     def write() -> None:
         os.write(1, b".." + "€".encode() * 30_000)
 
@@ -219,10 +222,10 @@ def test_a_letter_cut_in_two_by_a_read_is_still_a_letter(tmp_path: Path) -> None
         await both.stream.end("a")
         assert set(both.stream.logs("a")) == {".", "€"}
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_stopping_an_attempt_kills_children_in_other_sessions(tmp_path: Path) -> None:
+def test_stopping_an_attempt_kills_children_in_other_sessions(worker: SharedWorker) -> None:
     def spawn() -> None:
         import subprocess
         import sys
@@ -247,10 +250,10 @@ def test_stopping_an_attempt_kills_children_in_other_sessions(tmp_path: Path) ->
         stream.assign("b", lambda: "b")
         assert await stream.value("b") == "b"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_an_attempt_over_its_time_ends_and_the_next_one_starts(tmp_path: Path) -> None:
+def test_an_attempt_over_its_time_ends_and_the_next_one_starts(worker: SharedWorker) -> None:
     async def sleep_on() -> None:
         while True:
             try:
@@ -273,7 +276,7 @@ def test_an_attempt_over_its_time_ends_and_the_next_one_starts(tmp_path: Path) -
             assert ends[lease_id].failed.failure.kind == errors_pb2.FAILURE_KIND_TIMEOUT
         assert ends["next"].WhichOneof("fact") == "succeeded"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 def test_the_timeout_of_an_attempt_begins_when_its_process_has_started(tmp_path: Path) -> None:
@@ -296,26 +299,26 @@ def test_a_worker_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> N
     play(scenario, tmp_path)
 
 
-def test_a_lease_fails_when_its_isolation_cannot_be_set_up(tmp_path: Path) -> None:
+def test_a_lease_fails_when_its_isolation_cannot_be_set_up(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", lambda: 1, isolation=resources_pb2.ISOLATION_DOCKER)
         failure = (await both.stream.end("a")).failed.failure
         assert failure.kind == errors_pb2.FAILURE_KIND_SANDBOX_SETUP
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_an_output_that_cannot_travel_is_a_payload_failure(tmp_path: Path) -> None:
+def test_an_output_that_cannot_travel_is_a_payload_failure(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", lambda: __import__("threading").Lock())
         failure = (await both.stream.end("a")).failed.failure
         assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
         assert "lock" in failure.message
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_function_that_cannot_be_loaded_is_a_payload_failure_and_costs_no_process(tmp_path: Path) -> None:
+def test_a_function_that_cannot_be_loaded_is_a_payload_failure_and_costs_no_process(worker: SharedWorker) -> None:
     class Elsewhere:
         def __reduce__(self) -> Any:
             return (__import__, ("no_such_module",))
@@ -334,11 +337,11 @@ def test_a_function_that_cannot_be_loaded_is_a_payload_failure_and_costs_no_proc
         stream.assign("after", os.getpid)
         assert await stream.value("after") == pid
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "raise KeyboardInterrupt", "raise ValueError('x')"])
-def test_an_error_of_any_kind_ends_the_attempt_and_not_the_process(code: str, tmp_path: Path) -> None:
+def test_an_error_of_any_kind_ends_the_attempt_and_not_the_process(code: str, worker: SharedWorker) -> None:
     def raise_it(code: str) -> None:
         exec(code)
 
@@ -351,7 +354,7 @@ def test_an_error_of_any_kind_ends_the_attempt_and_not_the_process(code: str, tm
         stream.assign("after", os.getpid)
         assert await stream.value("after") == pid
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_an_error_of_any_kind_ends_the_attempt_and_not_the_process(code: str, tm
     [10, 100_000],
     ids=["inline", "artifact"],
 )
-def test_a_task_may_write_to_an_array_it_was_given(length: int, tmp_path: Path) -> None:
+def test_a_task_may_write_to_an_array_it_was_given(length: int, worker: SharedWorker) -> None:
     def grow(array: Any) -> float:
         array += 1
         return float(array.sum())
@@ -371,10 +374,10 @@ def test_a_task_may_write_to_an_array_it_was_given(length: int, tmp_path: Path) 
         both.stream.assign("grow", grow, inputs={"array": made})
         assert await both.stream.value("grow") == length
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_the_answer_of_a_process_that_exits_with_invocations_unread_is_not_lost(tmp_path: Path) -> None:
+def test_the_answer_of_a_process_that_exits_with_invocations_unread_is_not_lost(worker: SharedWorker) -> None:
     def answer_and_exit(number: int) -> int:
         import threading
 
@@ -388,4 +391,4 @@ def test_the_answer_of_a_process_that_exits_with_invocations_unread_is_not_lost(
             both.stream.assign(f"l{number}", answer_and_exit, inputs={"number": number})
         assert [await both.stream.value(f"l{number}") for number in numbers] == list(numbers)
 
-    play(scenario, tmp_path)
+    worker.play(scenario)

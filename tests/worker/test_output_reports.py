@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from lattice.v1 import worker_pb2
 from lattice_worker import convert
 from lattice_worker.attempts.output_reports import REPORT_CHARACTERS, OutputReports
 from tests.examples import examples
-from tests.worker.head import LIMIT_BYTES, Pair, play
+from tests.worker.head import LIMIT_BYTES, Pair
+from tests.worker.shared import SharedWorker
 
 LINES = 15_000
 STREAMS = {1: "stdout", 2: "stderr"}
@@ -102,9 +102,7 @@ def test_first_text_after_a_pause_is_reported_at_once_and_the_next_ones_together
 class TestWithWorker:
     """With a real worker."""
 
-    play = staticmethod(play)
-
-    def test_many_lines_are_few_reports_and_all_of_them_in_order(self, tmp_path: Path) -> None:
+    def test_many_lines_are_few_reports_and_all_of_them_in_order(self, worker: SharedWorker) -> None:
         def count(lines: int) -> None:
             for number in range(lines):
                 print(number)
@@ -117,9 +115,9 @@ class TestWithWorker:
             assert both.stream.logs("a") == written
             assert both.stream.of("a").count("log") < LINES / 8
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_lines_of_a_process_that_is_killed_after_them_are_all_reported(self, tmp_path: Path) -> None:
+    def test_lines_of_a_process_that_is_killed_after_them_are_all_reported(self, worker: SharedWorker) -> None:
         def die(lines: int) -> None:
             for number in range(lines):
                 print(number)
@@ -130,9 +128,9 @@ class TestWithWorker:
             assert (await both.stream.end("a")).WhichOneof("fact") == "failed"
             assert both.stream.logs("a") == "".join(f"{number}\n" for number in range(5000))
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_output_of_both_streams_keeps_its_order_up_to_the_limit(self, tmp_path: Path) -> None:
+    def test_output_of_both_streams_keeps_its_order_up_to_the_limit(self, worker: SharedWorker) -> None:
         def write(lines: int) -> None:
             import sys
 
@@ -147,4 +145,4 @@ class TestWithWorker:
             assert whole == [f"{number} " + "x" * 90 for number in range(len(whole))]
             assert LIMIT_BYTES - 300 < len(both.stream.logs("a")) < LIMIT_BYTES + 100
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)

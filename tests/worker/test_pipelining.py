@@ -1,8 +1,6 @@
 """Leases that are pipelined: they run without waiting for the agent, in order, once each."""
 
-import asyncio
 import os
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +8,10 @@ import pytest
 from lattice.v1 import errors_pb2, payload_pb2
 
 from tests.e2e.proxy import Gate
-from tests.worker.head import TIMEOUT_S, Pair, pair
+from tests.worker.head import Pair
+from tests.worker.shared import SharedWorker
 
 pytestmark = pytest.mark.slow
-
-
-def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
-    """Play a scenario with a worker."""
-
-    async def scene() -> None:
-        async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
-            await scenario(both)
-
-    asyncio.run(scene())
 
 
 @pytest.fixture
@@ -34,7 +23,7 @@ def gate(tmp_path: Path) -> Any:
     made.close()
 
 
-def test_a_slot_runs_its_leases_in_order_in_one_process(tmp_path: Path) -> None:
+def test_a_slot_runs_its_leases_in_order_in_one_process(tmp_path: Path, worker: SharedWorker) -> None:
     def note(path: str, number: int) -> int:
         with open(path, "a") as file:
             file.write(f"{number} ")
@@ -48,10 +37,12 @@ def test_a_slot_runs_its_leases_in_order_in_one_process(tmp_path: Path) -> None:
         assert len(pids) == 1
         assert path.read_text().split() == [str(number) for number in range(50)]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_pipelined_leases_run_once_elsewhere_when_the_process_crashes(gate: Gate, tmp_path: Path) -> None:
+def test_pipelined_leases_run_once_elsewhere_when_the_process_crashes(
+    gate: Gate, tmp_path: Path, worker: SharedWorker
+) -> None:
     def crash(gate: str) -> None:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -73,10 +64,10 @@ def test_pipelined_leases_run_once_elsewhere_when_the_process_crashes(gate: Gate
         assert [await stream.value(name) for name in "abc"] == ["fine"] * 3
         assert path.read_text().split() == ["ran"] * 3
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_result_given_just_before_a_crash_counts(tmp_path: Path) -> None:
+def test_a_result_given_just_before_a_crash_counts(worker: SharedWorker) -> None:
     def fine() -> str:
         return "fine"
 
@@ -94,10 +85,10 @@ def test_a_result_given_just_before_a_crash_counts(tmp_path: Path) -> None:
             assert both.stream.of(f"fine{number}")[-1] == "succeeded"
             assert both.stream.of(f"crash{number}")[-1] == "failed"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_one_of_several_pipelined_leases_can_be_revoked(gate: Gate, tmp_path: Path) -> None:
+def test_one_of_several_pipelined_leases_can_be_revoked(gate: Gate, worker: SharedWorker) -> None:
     def wait_at(gate: str) -> str:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -116,10 +107,10 @@ def test_one_of_several_pipelined_leases_can_be_revoked(gate: Gate, tmp_path: Pa
         assert await stream.value("first") == "through"
         assert [await stream.value(name) for name in "ac"] == ["ran", "ran"]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_output_past_python_belongs_to_the_attempt_that_wrote_it(tmp_path: Path) -> None:
+def test_output_past_python_belongs_to_the_attempt_that_wrote_it(worker: SharedWorker) -> None:
     def shout(word: str) -> None:
         os.write(1, f"{word}\n".encode())
 
@@ -130,10 +121,10 @@ def test_output_past_python_belongs_to_the_attempt_that_wrote_it(tmp_path: Path)
             await both.stream.end(f"l{number}")
             assert both.stream.logs(f"l{number}").split() == [f"word{number}"]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_path: Path) -> None:
+def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(worker: SharedWorker) -> None:
     async def scenario(both: Pair) -> None:
         stream, back = both.stream, list[str]()
         for number in range(600):
@@ -148,10 +139,10 @@ def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_pat
         assert all(stream.of(f"l{number}").count("succeeded") <= 1 for number in range(600))
         assert all(stream.of(name)[-1] == "returned" for name in back)
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_lease_keeps_its_inputs_when_it_was_withdrawn_and_sent_again(gate: Gate, tmp_path: Path) -> None:
+def test_a_lease_keeps_its_inputs_when_it_was_withdrawn_and_sent_again(gate: Gate, worker: SharedWorker) -> None:
     def wait_at(gate: str) -> str:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -177,10 +168,10 @@ def test_a_lease_keeps_its_inputs_when_it_was_withdrawn_and_sent_again(gate: Gat
         gate.open(1)
         assert await stream.value("follower") == "through"
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_pipelined_lease_ends_when_the_answer_before_it_is_still_converted(gate: Gate, tmp_path: Path) -> None:
+def test_a_pipelined_lease_ends_when_the_answer_before_it_is_still_converted(gate: Gate, worker: SharedWorker) -> None:
     def many(gate: str) -> list[str]:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -200,4 +191,4 @@ def test_a_pipelined_lease_ends_when_the_answer_before_it_is_still_converted(gat
         assert len((await both.stream.end("many")).succeeded.split["out"].items) == 60_000
         assert [await both.stream.value(name) for name in "abc"] == ["fine"] * 3
 
-    play(scenario, tmp_path)
+    worker.play(scenario)

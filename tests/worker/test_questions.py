@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,10 @@ from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
 from lattice_client import context
 from lattice_worker.runner.values import decode_value
-from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, Stream, pair
+from tests.worker.head import LIMIT_BYTES, Pair, Stream
+from tests.worker.shared import SharedWorker
 
 pytestmark = pytest.mark.slow
-
-
-def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
-    """Play a scenario with a worker."""
-
-    async def scene() -> None:
-        async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
-            await scenario(both)
-
-    asyncio.run(scene())
 
 
 async def asked(stream: Stream, lease_id: str) -> worker_pb2.Report:
@@ -46,7 +36,7 @@ def answer(stream: Stream, sequence: int, report: worker_pb2.Report, text: str =
     stream.say(answers=[worker_pb2.Answer(**named, **content)])
 
 
-def test_questions_are_answered_in_functions_threads_and_coroutines(tmp_path: Path) -> None:
+def test_questions_are_answered_in_functions_threads_and_coroutines(worker: SharedWorker) -> None:
     def plain() -> Any:
         return [context.ask("sum", [1, number]) for number in range(3)]
 
@@ -107,10 +97,10 @@ def test_questions_are_answered_in_functions_threads_and_coroutines(tmp_path: Pa
         stream.assign("quiet", os.getpid)
         assert await stream.value("quiet")
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_question_that_gets_no_value_raises_a_typed_error(tmp_path: Path) -> None:
+def test_a_question_that_gets_no_value_raises_a_typed_error(worker: SharedWorker) -> None:
     def ask() -> Any:
         import pickle
 
@@ -140,10 +130,10 @@ def test_a_question_that_gets_no_value_raises_a_typed_error(tmp_path: Path) -> N
                 assert await stream.value(f"l{number}") == result
         assert "encoded as 'x/y'" in (await stream.end("l4")).failed.failure.message
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_wrong_question_raises_at_once(tmp_path: Path) -> None:
+def test_a_wrong_question_raises_at_once(tmp_path: Path, worker: SharedWorker) -> None:
     def wrong(name: Any, size: int, item: Any = None) -> Any:
         try:
             context.ask(name, "x" * size, item=item)
@@ -202,10 +192,10 @@ def test_a_wrong_question_raises_at_once(tmp_path: Path) -> None:
         found = await stream.value("old")
         assert found == ["QuestionError", "the server is of a version that puts no questions to callers"]
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_the_members_of_a_batch_ask_by_their_position(tmp_path: Path) -> None:
+def test_the_members_of_a_batch_ask_by_their_position(worker: SharedWorker) -> None:
     def batch(x: list[int]) -> list[Any]:
         with suppress(context.QuestionError):  # who asks?
             context.ask("q")
@@ -225,11 +215,11 @@ def test_the_members_of_a_batch_ask_by_their_position(tmp_path: Path) -> None:
         found = [await both.stream.end("b") for _ in range(2)]
         assert [report.succeeded.outputs["out"].json for report in found] == ['"0"', '"1"']
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_attempt_that_waits_for_an_answer_is_cancelled_and_times_out(is_async: bool, tmp_path: Path) -> None:
+def test_an_attempt_that_waits_for_an_answer_is_cancelled_and_times_out(is_async: bool, worker: SharedWorker) -> None:
     def plain() -> Any:
         return context.ask("q")
 
@@ -255,10 +245,10 @@ def test_an_attempt_that_waits_for_an_answer_is_cancelled_and_times_out(is_async
         assert await stream.value("c") == "fine"
         assert stream.of("a").count("failed") == stream.of("b").count("failed") == 1
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_an_answer_that_a_broken_stream_lost_is_taken_once(tmp_path: Path) -> None:
+def test_an_answer_that_a_broken_stream_lost_is_taken_once(worker: SharedWorker) -> None:
     def ask() -> Any:
         return [context.ask("q", number) for number in range(3)]
 
@@ -285,10 +275,10 @@ def test_an_answer_that_a_broken_stream_lost_is_taken_once(tmp_path: Path) -> No
         while (request := await stream.requests.get()).acknowledged_answer < 3:
             assert request.acknowledged_answer in {0, 1, 2}
 
-    play(scenario, tmp_path)
+    worker.play(scenario)
 
 
-def test_a_process_of_little_memory_asks(tmp_path: Path) -> None:
+def test_a_process_of_little_memory_asks(worker: SharedWorker) -> None:
     def ask() -> Any:
         return context.ask("q")
 
@@ -298,4 +288,4 @@ def test_a_process_of_little_memory_asks(tmp_path: Path) -> None:
         answer(stream, 1, await asked(stream, "a"), "1")
         assert await stream.value("a") == 1
 
-    play(scenario, tmp_path)
+    worker.play(scenario)

@@ -14,7 +14,8 @@ from lattice.v1 import errors_pb2, worker_pb2
 from lattice_client import context
 from lattice_worker.attempts.streams import WINDOW_CHUNKS, Streams
 from lattice_worker.session.limits import Limits
-from tests.worker.head import Pair, Stream, play
+from tests.worker.head import Pair, Stream
+from tests.worker.shared import SharedWorker
 
 CHUNKS = 3 * WINDOW_CHUNKS
 
@@ -23,9 +24,7 @@ CHUNKS = 3 * WINDOW_CHUNKS
 class TestWithWorker:
     """With a real worker, and a head that acknowledges the chunks that a test names."""
 
-    play = staticmethod(play)
-
-    def test_chunks_come_before_the_end_of_functions_threads_and_coroutines(self, tmp_path: Path) -> None:
+    def test_chunks_come_before_the_end_of_functions_threads_and_coroutines(self, worker: SharedWorker) -> None:
         def plain() -> Any:
             yield from range(20)
             return "whole"
@@ -81,10 +80,10 @@ class TestWithWorker:
             }
             assert (found["plain"], found["generator"], found["alone"]) == (whole, whole, whole)
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
     @pytest.mark.parametrize("is_async", [False, True])
-    def test_a_task_waits_when_the_server_acknowledges_nothing(self, tmp_path: Path, is_async: bool) -> None:
+    def test_a_task_waits_when_the_server_acknowledges_nothing(self, worker: SharedWorker, is_async: bool) -> None:
         def plain() -> Any:
             for number in range(CHUNKS):
                 context.emit(number)
@@ -121,10 +120,10 @@ class TestWithWorker:
             facts = stream.of("flood")
             assert "succeeded" in facts or await stream.value("flood")
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
     @pytest.mark.parametrize("is_async", [False, True])
-    def test_a_task_that_waits_for_room_can_be_cancelled(self, tmp_path: Path, is_async: bool) -> None:
+    def test_a_task_that_waits_for_room_can_be_cancelled(self, worker: SharedWorker, is_async: bool) -> None:
         def plain() -> Any:
             for number in range(CHUNKS):
                 context.emit(number)
@@ -142,9 +141,9 @@ class TestWithWorker:
             report = await stream.end("flood")
             assert report.failed.failure.kind == errors_pb2.FAILURE_KIND_CANCELLED
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_items_of_a_batch_stream_and_wrong_chunks_raise_in_the_task(self, tmp_path: Path) -> None:
+    def test_items_of_a_batch_stream_and_wrong_chunks_raise_in_the_task(self, worker: SharedWorker) -> None:
         def batch() -> Any:
             pass
 
@@ -186,9 +185,9 @@ class TestWithWorker:
             assert await stream.value("wrong") == expected
 
         assert batch() is None
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_a_server_of_an_older_version_takes_no_chunks_and_the_task_is_told(self, tmp_path: Path) -> None:
+    def test_a_server_of_an_older_version_takes_no_chunks_and_the_task_is_told(self, worker: SharedWorker) -> None:
         def emits() -> Any:
             context.progress(1, 2)
             try:
@@ -202,9 +201,9 @@ class TestWithWorker:
             assert "takes no chunks" in await both.stream.value("old")
             assert set(both.stream.of("old")) <= {"started", "succeeded"}
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_chunks_are_sent_again_when_the_stream_breaks(self, tmp_path: Path) -> None:
+    def test_chunks_are_sent_again_when_the_stream_breaks(self, tmp_path: Path, worker: SharedWorker) -> None:
         def gated() -> Any:
             context.emit(1)
             while not (tmp_path / "open").exists():
@@ -224,9 +223,9 @@ class TestWithWorker:
             assert (await stream.until("gated", "streamed")).streamed.chunks[0].json == "2"
             await stream.end("gated")
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
-    def test_the_context_has_a_deadline_and_a_logger(self, tmp_path: Path) -> None:
+    def test_the_context_has_a_deadline_and_a_logger(self, worker: SharedWorker) -> None:
         def plain() -> Any:
             context.logger().info("to read")
             context.logger().debug("not to read")
@@ -247,7 +246,7 @@ class TestWithWorker:
             stream.assign("timed", timed, timeout=assignment.timeout)
             assert 0 < await stream.value("timed") <= 50
 
-        self.play(scenario, tmp_path)
+        worker.play(scenario)
 
 
 def streamed_by(stream: Stream, lease_id: str) -> int:
