@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import IN_TEXT, UNSET
@@ -51,6 +51,18 @@ class LatticeTask:
 
     def __format__(self, spec: str) -> str:
         return str(self)
+
+    if not TYPE_CHECKING:  # for which it has no other attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Whatever probes an object asks for names with an underscore.
+            raise AttributeError(f"{type(self).__name__!r} has no {name!r}" if name.startswith("_") else self._advice())
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(self._advice())
+
+    def _advice(self) -> str:
+        return f"{self!r} is a task of a graph, and its value belongs to a run: run.output(task) waits for it"
 
     def __reduce__(self) -> NoReturn:
         raise TaskDefinitionError(f'{self.task_id!r} is a task; wire one of its outputs: task.outputs["name"]')

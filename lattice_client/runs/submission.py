@@ -1,5 +1,6 @@
 """Owns starting runs, storing workflows and adding tasks to runs. Rule: one call starts a run."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -22,6 +23,7 @@ from lattice_client.runs.executions import Execution, Executions
 from lattice_client.runs.parts import ENVELOPE_BYTES, GraphMessage, Parts
 from lattice_client.runs.reader import WAIT_S
 from lattice_client.runs.sending import Sender
+from lattice_client.runs.tracebacks import note_continues
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import building, duration, made
 
@@ -121,10 +123,9 @@ class Starter:
 
         try:
             response = await self._sender.accepted(call)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, asyncio.CancelledError) as error:
             if not settings.get("cancel_on_disconnect"):
-                command = f"`lattice runs cancel {request.run_id}`"
-                error.add_note(f"run {request.run_id!r} continues if it was started; {command} would end it")
+                note_continues(error, request.run_id, " if it was started")
             raise
         self._sender.known_code.note_sent([function])
         return response

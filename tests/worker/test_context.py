@@ -1,5 +1,6 @@
 """`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
+import copy
 import itertools
 import os
 import pickle
@@ -261,6 +262,16 @@ def test_a_call_raises_with_advice_when_it_is_used_as_its_value(sent: Sent, read
     )
     with pytest.raises(PayloadError, match=advice):
         read(made)
+
+
+@pytest.mark.parametrize("read", [lambda made: made.result(), lambda made: made.get, lambda made: made.__await__()])
+def test_a_spawned_task_names_call_when_it_is_waited_for(sent: Sent, read: Callable[[Any], Any]) -> None:
+    made: Any = context.spawn(give, {"v": 1})
+    advice = r"this task does not wait for it: wire its output .* context.call\(task, inputs\)"
+    with pytest.raises((AttributeError, TypeError), match=advice):
+        read(made)
+    assert not hasattr(made, "__array__")
+    assert copy.copy(made.output) == made.output
 
 
 def test_calls_can_be_in_sets_and_lists(sent: Sent) -> None:
