@@ -288,6 +288,7 @@ wrong: list[tuple[Callable[[], Any], str]] = [
     (lambda: context.spawn(leaf, 1), r"spawn of 'leaf': the inputs are one dict by name, .* not 1"),  # type: ignore[arg-type]
     (lambda: context.spawn(leaf, x=1), r"the inputs are one dict by name, .* not the argument 'x'"),
     (lambda: context.spawn(leaf, {"x": 1}, name=5), "name must be a text, not 5"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"x": 1}, name="a\nb"), r"must have no line break, not 'a\\nb'; give name"),
     (lambda: context.spawn(leaf, {"x": 1}, after=["first"]), "after must hold tasks .* not 'first'"),  # type: ignore[list-item]
     (lambda: context.spawn(leaf, {"x": 1}, after="first"), r"after must be a list .* not 'first'"),  # type: ignore[arg-type]
     (lambda: context.spawn(leaf, {"x": 1}, after=context.SpawnedTask("a", ("b",))), "after must be a list"),  # type: ignore[arg-type]
