@@ -1,6 +1,6 @@
 """Owns the tasks that return a list, so that its items are known one by one.
 
-Rule: such a task decodes what the task of an item could decode, so it has the same modules and level of isolation.
+Rule: such a task has the modules and the level of isolation of the mapped task, so that it decodes the same values.
 """
 
 from functools import partial
