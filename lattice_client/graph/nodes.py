@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import IN_TEXT, UNSET
 from lattice_client.graph.definition import BoundTask, TaskDefinition
+from lattice_client.graph.names import items_of
 from lattice_client.graph.outputs import Outputs, Parameter, TaskOutput
 
 
@@ -82,6 +83,16 @@ class LatticeTask:
             ways = ", ".join(f"task.outputs[{name!r}]" for name in names)
             raise TaskDefinitionError(f"task {self.task_id!r} has {len(names)} outputs; name one: {ways}")
         return self.outputs[names[0]]
+
+
+def tasks_in(tasks: object) -> list[LatticeTask]:
+    """Return the tasks of a list. Raises TaskDefinitionError."""
+    what = "a list of tasks that add_task or map returned"
+    found = items_of("the tasks to add", what, tasks)
+    for item in found:
+        if not isinstance(item, LatticeTask):
+            raise TaskDefinitionError(f"the tasks to add must be {what}; {called(item)} is none")
+    return found
 
 
 def condition_of(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:

@@ -13,6 +13,7 @@ from lattice_client.runs.ids import RunId
 from lattice_client.runs.tracebacks import REFUSALS, note_continues, shortened
 from lattice_client.transport import forks
 from lattice_client.transport.interrupts import calling
+from lattice_client.transport.requests import check_wait
 
 T = TypeVar("T")
 _END = object()
@@ -46,9 +47,10 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
 
 
 def iterate(api: RunApi, source: AsyncIterator[T], run_id: str, timeout: float | None) -> Iterator[T]:
-    """Yield the items of an asynchronous iterator over a `BlockingChannel`. Raises TimeoutError."""
+    """Yield the items of an asynchronous iterator over a `BlockingChannel`. Raises TimeoutError, TypeError."""
     iterator = aiter(source)
     channel = api.channel
+    check_wait(timeout)
     ends_at = None if timeout is None else channel.now() + timeout
 
     async def step() -> Any:

@@ -12,7 +12,7 @@ from lattice.v1 import run_pb2, workflow_pb2
 from lattice_client import errors
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import TaskDefinition
-from lattice_client.graph.nodes import LatticeTask
+from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import TaskOutput
 from lattice_client.graph.relays import relay_of
 from lattice_client.graph.settings import TaskRunSettings, disconnect_grace_s
@@ -144,6 +144,7 @@ class AsyncOpenRun(AsyncRun):
 
     async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks of a workflow, all in one message; see `AsyncRun.add_tasks`."""
+        tasks = tasks_in(tasks)
         revision = await self.api.starter.add_by(self._add, self, tasks, self.scope(tasks), expected_revision)
         self.note_added(tasks)
         self._added_ids.update(task.task_id for task in tasks)

@@ -9,7 +9,7 @@ from lattice.v1 import results_pb2, run_pb2, task_pb2
 
 from lattice_client.convert.events import RunEvent
 from lattice_client.convert.results import declared_by
-from lattice_client.graph.nodes import LatticeTask
+from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import Scope, TaskOutput
 from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.graph.workflow import Graph
@@ -200,6 +200,7 @@ class AsyncRun(RunId):
         They can be wired to each other and to every task of the run. Raises AbortedError when the run does not have the
         expected revision, PreconditionError when it has ended.
         """
+        tasks = tasks_in(tasks)
         revision = await self.api.starter.add_tasks(self, tasks, self.scope(tasks), expected_revision)
         self.note_added(tasks)
         return revision

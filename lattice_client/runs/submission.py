@@ -14,6 +14,7 @@ from lattice_client.convert.inputs import Binder
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.environment import Env, secret
+from lattice_client.graph.names import texts_of
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
@@ -225,7 +226,9 @@ class Starter:
         """
         tasks = [*(() if graph is None else graph.tasks.values()), *added]
         env = {**self._env, **({} if graph is None else graph.env)}
-        return specs.secrets_of(tasks, env) | {name: secret(name).value() for name in names}
+        return specs.secrets_of(tasks, env) | {
+            name: secret(name).value() for name in texts_of("secrets", "a list of names of variables", names)
+        }
 
     def _secrets_of(self, graph: Graph[Any]) -> dict[str, str]:
         return specs.secrets_of(graph.tasks.values(), {**self._env, **graph.env})

@@ -80,6 +80,8 @@ def secure(
         SecurityError: the connection would not be secure.
     """
     token = token or os.environ.get("LATTICE_TOKEN") or None
+    if token is not None and not isinstance(token, str):
+        raise SecurityError(f"the token must be a text, not a {type(token).__name__}")
     if token is not None and not PRINTABLE.fullmatch(token):
         raise SecurityError("the token, or LATTICE_TOKEN, must be printable ASCII without spaces or line breaks")
     address, has_tls_scheme = _split(target)
