@@ -227,8 +227,7 @@ class AsyncLatticeClient:
         """Add tasks to a running run; return its new revision. See `AsyncRun.add_tasks`."""
         if isinstance(run_id, AsyncRun):
             return await run_id.add_tasks(tasks, expected_revision)
-        tasks = tasks_in(tasks)
-        scope = Scope(lambda output: True, {task.task_id for task in tasks})
+        scope = Scope(lambda output: True, {task.task_id for task in tasks_in(tasks)})
         return await self.api.starter.add_tasks(run_id, tasks, scope, expected_revision)
 
     async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
