@@ -1,5 +1,6 @@
 """Scenarios of nodes whose code or config refers to other graphs, and to objects that pickle does not handle well."""
 
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.graph.message import MessagesState
 from langgraph.prebuilt import ToolNode, ToolRuntime
 from langgraph.runtime import Runtime, get_runtime
+from langgraph.types import Send
 from pydantic import BaseModel
 
 from tests.e2e.graphs.cases import Caller, Compile, case
@@ -179,3 +181,18 @@ async def unused_connections(compile: Compile, call: Caller) -> Any:
         app = compile(graph)
         found += await call.stream(app, given, config, context=context, stream_mode=["custom", "updates"])
     return found
+
+
+def numbered(state: Any) -> State:
+    return {"words": [state.get("number", "one")]}
+
+
+@case("names of nodes: long, with line breaks, and like the number of another node")
+async def names(compile: Compile, call: Caller) -> Any:
+    graph: StateGraph[Any] = StateGraph(State)
+    for name in ("sent", "sent-1", "with\nlines", "long" * 100, "\N{SNOWMAN}"):
+        graph.add_node(name, numbered)
+    graph.add_conditional_edges(START, lambda state: [Send("sent", {"number": n}) for n in range(3)], ["sent"])
+    for before, after in itertools.pairwise(graph.nodes):
+        graph.add_edge(before, after)
+    return await call.invoke(compile(graph), EMPTY)
