@@ -10,7 +10,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.convert.events import RunEvent, message_of
 from lattice_client.graph.environment import Env, checked
-from lattice_client.graph.nodes import LatticeTask
+from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph, single
@@ -227,7 +227,7 @@ class AsyncLatticeClient:
         """Add tasks to a running run; return its new revision. See `AsyncRun.add_tasks`."""
         if isinstance(run_id, AsyncRun):
             return await run_id.add_tasks(tasks, expected_revision)
-        scope = Scope(lambda output: True, {task.task_id for task in tasks})
+        scope = Scope(lambda output: True, {task.task_id for task in tasks_in(tasks)})
         return await self.api.starter.add_tasks(run_id, tasks, scope, expected_revision)
 
     async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:

@@ -1,9 +1,10 @@
 """Owns the definition of a task: its function, inputs, outputs and settings. Rule: a definition is valid."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, Unpack
 
 from lattice.v1 import resources_pb2, task_pb2
@@ -13,7 +14,7 @@ from lattice_client.code.freshness import StateOf
 from lattice_client.code.function import FunctionCode
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.annotations import hints_of
-from lattice_client.graph.names import check_text, function_name, names_of
+from lattice_client.graph.names import check_text, function_name, names_of, texts_of
 from lattice_client.graph.options import SETTINGS, TaskOptions, changed, resources_of
 from lattice_client.graph.returns import returned
 from lattice_client.graph.settings import TaskSettings
@@ -248,6 +249,8 @@ def define(
     options = {"inputs": inputs, "outputs": outputs, "modules": modules, "exclude": exclude, "name": name}
     given = {key: more.pop(key) for key in SETTINGS if key in more}
     settings = TaskSettings(**given).to_proto(label)
+    if not isinstance(resources or {}, Mapping) or not all(isinstance(key, str) for key in resources or {}):
+        raise TaskDefinitionError(f"task {label!r}: resources must be a dict of numbers by name, not {resources!r}")
     resources = {**(resources or {}), **more}
     accepted = accepted_inputs(function, label, inputs)
     found = returned(function, None if outputs is None else names_of(label, "outputs", outputs), accepted.is_params)
@@ -283,10 +286,15 @@ def _advice(name: str, task: str) -> str:
     return f"{task}.with_(cpu=2, retries=3) is the same task with other options" if name in CHANGING else ""
 
 
-def _check_code_options(label: str, modules: object, exclude: object, fresh_process: object) -> None:
+def _check_code_options(label: str, modules: Any, exclude: object, fresh_process: object) -> None:
     for setting, patterns in (("modules", modules), ("exclude", exclude)):
-        if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        if isinstance(patterns, str | bytes) or not isinstance(patterns, Sequence):
             raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
+    texts_of(f"task {label!r}: exclude", "a list of patterns", exclude)
+    for item in modules:
+        if not isinstance(item, str | os.PathLike | ModuleType):
+            text = "must have modules, or names and paths as texts"
+            raise TaskDefinitionError(f"task {label!r}: modules {text}, not {item!r}")
     if not isinstance(fresh_process, bool):
         raise TaskDefinitionError(f"task {label!r}: fresh_process must be True or False, not {fresh_process!r}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from lattice.v1 import task_pb2
 
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.names import check_text
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -21,8 +22,7 @@ class Secret:
 
     def value(self) -> str:
         """Return the value. Raises TaskDefinitionError when the environment does not have it."""
-        found = os.environ.get(self.name)
-        if not found:
+        if not (found := secret_value(self.name)):
             raise TaskDefinitionError(f"secret({self.name!r}): the environment has no variable of this name")
         return found
 
@@ -33,8 +33,27 @@ def secret(name: str) -> Secret:
     It is a variable of this process's environment, whose value is read when the run or the service is started. For a
     task it may also be a secret that the server has; see `lattice start --secrets`. No answer of the server shows the
     value, and it is masked in logs.
+
+    Raises TaskDefinitionError when the name is not a text.
     """
+    check_text("the name of a secret", name)
     return Secret(name)
+
+
+def secret_value(name: str) -> str | None:
+    """Return the value of a variable of this process, whose value no error shows. Raises TaskDefinitionError."""
+    found = os.environ.get(name)
+    if found is not None and not _is_unicode(found):
+        raise TaskDefinitionError(f"secret({name!r}): the value of this variable is not valid UTF-8")
+    return found
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Env = Mapping[str, str | Secret]
@@ -54,6 +73,8 @@ def checked(label: str, env: object) -> dict[str, str | Secret]:
             # The value is not shown: it may be meant as a secret.
             text = f"the value of {name!r} must be a text or secret(...), not a {type(value).__name__}"
             raise TaskDefinitionError(f"{label}: env: {text}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise TaskDefinitionError(f"{label}: env: the value of {name!r} is not valid Unicode")
     return dict(env)
 
 
@@ -71,4 +92,4 @@ def values_of(messages: Iterable[Mapping[str, Any]], envs: Iterable[Env]) -> dic
     """Return the values of all secrets that messages and environments name and that this process has."""
     names = {variable.secret for message in messages for variable in message.values() if variable.secret}
     names |= {value.name for env in envs for value in env.values() if isinstance(value, Secret)}
-    return {name: value for name in names if (value := os.environ.get(name))}
+    return {name: value for name in names if (value := secret_value(name))}

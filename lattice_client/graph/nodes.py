@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import IN_TEXT, UNSET
 from lattice_client.graph.definition import BoundTask, TaskDefinition
+from lattice_client.graph.names import items_of
 from lattice_client.graph.outputs import Outputs, Parameter, TaskOutput
 
 
@@ -52,6 +53,18 @@ class LatticeTask:
     def __format__(self, spec: str) -> str:
         return str(self)
 
+    if not TYPE_CHECKING:  # for which it has no other attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Whatever probes an object asks for names with an underscore.
+            raise AttributeError(f"{type(self).__name__!r} has no {name!r}" if name.startswith("_") else self._advice())
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(self._advice())
+
+    def _advice(self) -> str:
+        return f"{self!r} is a task of a graph, and its value belongs to a run: run.output(task) waits for it"
+
     def __reduce__(self) -> NoReturn:
         raise TaskDefinitionError(f'{self.task_id!r} is a task; wire one of its outputs: task.outputs["name"]')
 
@@ -70,6 +83,16 @@ class LatticeTask:
             ways = ", ".join(f"task.outputs[{name!r}]" for name in names)
             raise TaskDefinitionError(f"task {self.task_id!r} has {len(names)} outputs; name one: {ways}")
         return self.outputs[names[0]]
+
+
+def tasks_in(tasks: object) -> list[LatticeTask]:
+    """Return the tasks of a list. Raises TaskDefinitionError."""
+    what = "a list of tasks that add_task or map returned"
+    found = items_of("the tasks to add", what, tasks)
+    for item in found:
+        if not isinstance(item, LatticeTask):
+            raise TaskDefinitionError(f"the tasks to add must be {what}; {called(item)} is none")
+    return found
 
 
 def condition_of(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:

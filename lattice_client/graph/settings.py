@@ -9,6 +9,7 @@ from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.environment import Env, checked, fill
+from lattice_client.graph.names import check_text, items_of, text_map_of, texts_of
 
 ISOLATIONS = {
     "none": resources_pb2.ISOLATION_NONE,
@@ -168,11 +169,8 @@ class TaskSettings:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 is_above = isinstance(value, int) and value > most
                 raise _bad(label, name, f"a whole number from {least}{f' to {most}' * is_above}, not {value!r}")
-        if not isinstance(self.concurrency_key, str):
-            raise _bad(label, "concurrency_key", f"a text, not {self.concurrency_key!r}")
-        labels = dict(self.node_selector or {})
-        if not all(isinstance(text, str) for pair in labels.items() for text in pair):
-            raise _bad(label, "node_selector", f"a dict of texts, not {labels!r}")
+        check_text(f"task {label!r}: concurrency_key", self.concurrency_key)
+        labels = text_map_of(f"task {label!r}: node_selector", self.node_selector or {})
         spec = task_pb2.TaskSpec(
             isolation=_choice(label, "isolation", self.isolation, ISOLATIONS),
             max_parallel=self.max_parallel,
@@ -203,31 +201,31 @@ class TaskSettings:
         return spec
 
     def _network(self, label: str) -> Sequence[str]:
-        servers = self.network
-        if isinstance(servers, str) or not all(isinstance(server, str) for server in servers):
-            raise _bad(label, "network", f"a list of texts such as 'api.example.com:443', not {servers!r}")
+        what = "a list of texts such as 'api.example.com:443'"
+        servers = texts_of(f"task {label!r}: network", what, self.network)
         if servers and self.isolation == "none":
             levels = ", ".join(level for level in ISOLATIONS if level != "none")
             raise _bad(label, "network", f"used together with isolation, one of {levels}")
         return servers
 
     def _services(self, label: str) -> list[str]:
-        names = [self.needs_llm] if isinstance(self.needs_llm, str) else list(self.needs_llm)
-        if not all(isinstance(name, str) and name for name in names):
-            raise _bad(label, "needs_llm", f"the name of a model, or a list of names, not {self.needs_llm!r}")
-        return names
+        names = [self.needs_llm] if isinstance(self.needs_llm, str) else self.needs_llm
+        return texts_of(f"task {label!r}: needs_llm", "the name of a model, or a list of names", names)
 
     def _retry(self, label: str) -> task_pb2.RetryPolicy:
         policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)
         if self.retry_backoff is not None:
             policy.initial_backoff.CopyFrom(_duration(label, "retry_backoff", self.retry_backoff))
-        causes = (self.retry_on,) if isinstance(self.retry_on, str | type) else tuple(self.retry_on)
-        for cause in causes:
+        what = f"one of {', '.join(RETRIED_KINDS)}, a class of exceptions, or a list of these"
+        is_one = isinstance(self.retry_on, str | type)
+        for cause in [self.retry_on] if is_one else items_of(f"task {label!r}: retry_on", what, self.retry_on):
             if isinstance(cause, type) and issubclass(cause, BaseException):
                 name = cause.__qualname__ if cause.__module__ in {"builtins", "__main__"} else _full_name(cause)
                 policy.retry_on_types.append(name)
+            elif isinstance(cause, str) and cause in RETRIED_KINDS:
+                policy.retry_on.append(RETRIED_KINDS[cause])
             else:
-                policy.retry_on.append(_choice(label, "retry_on", cause, RETRIED_KINDS))
+                raise _bad(label, "retry_on", f"{what}, not {cause!r}")
         if errors_pb2.FAILURE_KIND_USER_ERROR in policy.retry_on:
             # Exception classes restrict which errors are retried; `error` retries all of them.
             policy.ClearField("retry_on_types")

@@ -22,7 +22,7 @@ def accepted_inputs(function: Callable[..., Any], label: str, inputs: Sequence[s
     """Return the inputs of a function, by the declared names or else by its parameters. Raises TaskDefinitionError."""
     parameters = _parameters_of(function, label)
     if inputs is not None or list(parameters) == ["params"]:
-        names = names_of(label, "inputs", inputs or ())
+        names = names_of(label, "inputs", () if inputs is None else inputs)
         _check_params(label, parameters, names)
         return Accepted(names, frozenset(names), inputs is None, True)
     kinds = {p.name: p for p in parameters.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}

@@ -31,6 +31,8 @@ class Graph(Generic[Client]):
     ) -> None:
         if failure_policy not in FAILURE_POLICIES:
             raise TaskDefinitionError(f"failure_policy must be one of {', '.join(FAILURE_POLICIES)}")
+        check_text("the name of a workflow", name)
+        check_text("the id of a workflow", workflow_id)
         self.client = client
         self.name = name
         self.workflow_id = workflow_id

@@ -10,19 +10,21 @@ import json
 import pickle
 import queue
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.pregel._tools import _tool_call_writer
 
 from lattice_client import background
+from lattice_client.code.blame import blame_value
 from lattice_client.errors import TaskFailedError
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.langgraph import codec, references
 from lattice_client.langgraph.answers import Answers, StubOf, is_future
 from lattice_client.langgraph.invocation import Asked, Ended, Invocation, Started
 from lattice_client.langgraph.loop import CANCEL_S
+from lattice_client.langgraph.missing import ADVICE, Replacing, is_runtime
 from lattice_client.langgraph.remote import PART, PART_BYTES, REST, WHOLE
 
 
@@ -48,7 +50,7 @@ class Call:
         self._step = ((config or {}).get("metadata") or {}).get("langgraph_step")
         self._references = references.LocalReferences(config)
         for value in (*arguments[0], *arguments[1].values()):
-            if hasattr(value, "stream_writer") and hasattr(value, "execution_info"):
+            if is_runtime(value):
                 self._references.note_runtime(value)
         self._tool_writer = _tool_call_writer.get()
         if self._tool_writer is not None:
@@ -69,17 +71,31 @@ class Call:
             sent["configurable"] = references.carried(sent.get("configurable") or {})
             if "metadata" in sent:
                 sent["metadata"] = dict(sent["metadata"])
-            kwargs = {name: sent if value is config else value for name, value in kwargs.items()}
-            args = tuple(sent if value is config else value for value in args)
+
+        def message(sent: Any, replaced: Callable[[Any], Any]) -> Any:
+            own = [sent if value is config and config is not None else replaced(value) for value in args]
+            named = {name: sent if value is config else replaced(value) for name, value in kwargs.items()}
+            return tuple(own), named, sent, self._tool_writer
+
         try:
-            return codec.dumps((args, kwargs, sent, self._tool_writer), self._references)
+            return codec.dumps(message(sent, lambda value: value), self._references)
         except Exception:
-            if sent is None:
-                raise
-            # A value of the config cannot be pickled: it is replaced, and only its use raises.
-            for name in ("configurable", "metadata"):
-                sent[name] = codec.sendable(sent.get(name) or {}, f"config[{name!r}]", self._references)
-            return codec.dumps((args, kwargs, sent, self._tool_writer), self._references)
+            # A value of the config, or of the context, cannot be pickled: only its use raises.
+            replacing = Replacing(self._references)
+            sent = None if sent is None else replacing.config(sent)
+            found = message(sent, lambda value: replacing.runtime(value) if is_runtime(value) else value)
+        try:
+            return codec.dumps(found, self._references)
+        except Exception as error:
+            raise TypeError(self._refusal(found, error)) from error
+
+    def _refusal(self, message: Any, error: Exception) -> str:
+        args, kwargs, *_ = message
+        where = f"node {self._definition.name!r} cannot run on Lattice: its input"
+        value: Any = args[0] if len(args) == 1 else args
+        if codec.is_picklable(args, self._references):
+            where, value = f"node {self._definition.name!r} cannot run on Lattice: its arguments", kwargs
+        return blame_value(where, value, error, lambda part: codec.dumps(part, self._references), ADVICE)
 
     def _start(self, invocation: Invocation, deliver: Any, *, is_async: bool) -> None:
         name = self._definition.name

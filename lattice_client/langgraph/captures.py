@@ -78,20 +78,20 @@ def check(function: Any, what: str) -> None:
         kind = f"asyncio.{type(pickler.signals[0]).__name__}"
         text = f"{what} cannot run on Lattice: its code captures an {kind}, which works within one process only"
         raise TaskDefinitionError(f"{text}; name it in local=[...] to run it here")
-    pending: list[tuple[Any, Any]] = [(found, UNKNOWN) for found in pickler.functions]
+    # Among them are functions of installed packages, such as the `__repr__` that `dataclass` makes.
+    pending: list[tuple[Any, Any]] = [(found, UNKNOWN) for found in pickler.functions if _is_of_project(found)]
     if isinstance(function, MethodType):
         pending.append((function.__func__, function.__self__))
     elif isinstance(function, FunctionType) and _is_of_project(function):
         pending.append((function, UNKNOWN))
     elif not isinstance(function, FunctionType | type):
         pending.append((vars(type(function)).get("__call__"), function))
-    sent, seen = {id(found) for found in pickler.functions}, set()
+    seen = set()
     while pending:
         found, owner = pending.pop()
         if isinstance(found, FunctionType) and (id(found), id(owner)) not in seen:
             seen.add((id(found), id(owner)))
-            called = _check(found, owner, what)
-            pending += [(inner, its) for inner, its in called if id(inner) in sent or _is_of_project(inner)]
+            pending += [(inner, its) for inner, its in _check(found, owner, what) if _is_of_project(inner)]
 
 
 def _is_of_project(function: FunctionType) -> bool:

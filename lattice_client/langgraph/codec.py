@@ -6,7 +6,6 @@ reference that is sent back becomes the object itself.
 
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from langgraph.types import Command
@@ -79,40 +78,3 @@ def is_picklable(value: Any, references: References) -> bool:
     except Exception:
         return False
     return True
-
-
-class Missing:
-    """Replaces a value that could not be sent to a node. It raises when it is used."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.__dict__.update(_name=name, _reason=reason)
-
-    def _raise(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError(f"{self._name} was not sent to the node that runs on Lattice: {self._reason}")
-
-    __call__ = __getitem__ = __iter__ = __len__ = __bool__ = _raise
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._raise()
-
-    def __reduce__(self) -> Any:
-        return Missing, (self._name, self._reason)
-
-
-def sendable(
-    value: Any, name: str, references: References, keep: Callable[[str], bool] = lambda _: True
-) -> dict[str, Any]:
-    """Return the entries of a mapping; `Missing` replaces each value that cannot be encoded."""
-    found: dict[str, Any] = {}
-    for key, item in dict(value).items():
-        if not keep(key):
-            continue
-        try:
-            dumps(item, references)
-        except Exception as error:
-            found[key] = Missing(f"{name}[{key!r}]", f"{type(error).__name__}: {error}")
-        else:
-            found[key] = item
-    return found

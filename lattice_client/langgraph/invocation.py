@@ -24,6 +24,8 @@ from lattice_client.langgraph.loop import CANCEL_S, Loop
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 
+# Ids have up to 128 characters; a number follows.
+MAX_LABEL_CHARACTERS = 100
 # The invocation that the calls of nodes belong to.
 current: "contextvars.ContextVar[Invocation | None]" = contextvars.ContextVar("lattice_invocation", default=None)
 
@@ -91,6 +93,7 @@ class Invocation:
         self._opening: asyncio.Task[AsyncOpenRun] | None = None
         self._routes: dict[str, Deliver] = {}
         self._numbers: dict[str, itertools.count[int]] = {}
+        self._taken: set[str] = set()
         self._is_cancelled = False
         self._starting: deque[Started] = deque()
         self._additions = Additions(self._opened)
@@ -127,8 +130,7 @@ class Invocation:
     async def _drive(
         self, definition: TaskDefinition[..., Any], name: str, label: str, message: bytes, deliver: Deliver
     ) -> None:
-        number = next(self._numbers.setdefault(label, itertools.count(1)))
-        task_id = label if number == 1 else f"{label}-{number}"
+        task_id = self._new_id(label)
         self._routes[task_id] = deliver
         addition = Addition(definition, name, task_id, message)
         self._additions.add(addition)
@@ -145,6 +147,16 @@ class Invocation:
             deliver(Ended(error=error))
         finally:
             self._routes.pop(task_id, None)
+
+    def _new_id(self, label: str) -> str:
+        """Return the id of a task, of a length and with characters that ids may have: the label, numbered if taken."""
+        label = " ".join(label.splitlines())[:MAX_LABEL_CHARACTERS]
+        numbers = self._numbers.setdefault(label, itertools.count(1))
+        # The name of another node may end like a number.
+        while (found := label if (number := next(numbers)) == 1 else f"{label}-{number}") in self._taken:
+            pass
+        self._taken.add(found)
+        return found
 
     async def _end_cancelled(self, addition: Addition) -> None:
         try:

@@ -18,8 +18,10 @@ from langgraph.errors import GraphBubbleUp
 from langgraph.pregel._tools import _tool_call_writer
 
 from lattice_client import context
+from lattice_client.code.blame import blame_value
 from lattice_client.langgraph import codec, proxies, reductions
 from lattice_client.langgraph.exceptions import add_traceback
+from lattice_client.langgraph.missing import ADVICE, Missing
 
 T = TypeVar("T")
 NAME = "langgraph"
@@ -163,8 +165,12 @@ class Session:
         return found
 
     def result(self, kind: str, value: Any) -> bytes:
-        """Return the encoded result."""
-        return codec.dumps((kind, value, self.state()), self)
+        """Return the encoded result. Raises TypeError, which names the part of it that cannot be pickled."""
+        try:
+            return codec.dumps((kind, value, self.state()), self)
+        except Exception as error:
+            text = blame_value("the result of the node", value, error, lambda part: codec.dumps(part, self), ADVICE)
+            raise TypeError(text) from error
 
     def failed(self, error: BaseException) -> tuple[Any, ...]:
         """Return the question that tells an exception."""
@@ -269,7 +275,7 @@ class _Unreachable:
         return None
 
     def find(self, reference: Any) -> Any:
-        return codec.Missing(f"the {reference[0]} of the graph", "a sandbox reaches nothing of the graph's process")
+        return Missing(f"the {reference[0]} of the graph", "a sandbox reaches nothing of the graph's process")
 
 
 def run_sandboxed(function: Callable[..., Any], message: bytes) -> bytes:

@@ -7,6 +7,7 @@ from uuid import uuid4
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.convert.events import run_state
+from lattice_client.graph.names import texts_of
 from lattice_client.runs.paging import PAGE_SIZE, pages
 from lattice_client.runs.questions import inline_payload
 from lattice_client.transport.channel import Channel
@@ -26,7 +27,7 @@ class Calls:
 
     async def list_runs(self, limit: int, states: Sequence[str], labels: Mapping[str, str] | None) -> list[run_pb2.Run]:
         """Return the newest runs with one of some states and all of some labels."""
-        numbers = [run_state(state) for state in states]
+        numbers = [run_state(state) for state in texts_of("the states of runs", "a list of states", states)]
         request = made(workflow_pb2.ListRunsRequest, page_size=min(limit, PAGE_SIZE), states=numbers, labels=labels)
         found: list[run_pb2.Run] = []
         async for page in pages(self._rpc, self._rpc.workflows.ListRuns, request):

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from lattice_client import errors
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.ids import RunId
-from lattice_client.runs.tracebacks import REFUSALS, shortened
+from lattice_client.runs.tracebacks import REFUSALS, note_continues, shortened
 from lattice_client.transport import forks
 from lattice_client.transport.interrupts import calling
+from lattice_client.transport.requests import check_wait
 
 T = TypeVar("T")
 _END = object()
@@ -36,7 +37,7 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
         return found
     except KeyboardInterrupt as error:
         if run_id and not (isinstance(run_id, RunId) and run_id.ends_with_caller):
-            error.add_note(f"run {str(run_id)!r} continues; `lattice runs cancel {run_id}` would end it")
+            note_continues(error, run_id)
         raise error.with_traceback(None) from None
     except REFUSALS as error:
         raise shortened(error) from error.__cause__
@@ -46,9 +47,10 @@ def blocking(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
 
 
 def iterate(api: RunApi, source: AsyncIterator[T], run_id: str, timeout: float | None) -> Iterator[T]:
-    """Yield the items of an asynchronous iterator over a `BlockingChannel`. Raises TimeoutError."""
+    """Yield the items of an asynchronous iterator over a `BlockingChannel`. Raises TimeoutError, TypeError."""
     iterator = aiter(source)
     channel = api.channel
+    check_wait(timeout)
     ends_at = None if timeout is None else channel.now() + timeout
 
     async def step() -> Any:

@@ -12,8 +12,9 @@ from lattice.v1 import run_pb2, workflow_pb2
 from lattice_client import errors
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import TaskDefinition
-from lattice_client.graph.nodes import LatticeTask
+from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import TaskOutput
+from lattice_client.graph.relays import relay_of
 from lattice_client.graph.settings import TaskRunSettings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs.answering import AnsweringTasks, Questions, answer_by
@@ -120,19 +121,30 @@ class AsyncOpenRun(AsyncRun):
         task_id: str | None = None,
         **misplaced: Never,
     ) -> LatticeTask:
-        """Add a task that runs once for each item of a list that a task returns; see `LatticeWorkflow.map`."""
-        return await self._sent(self.tasks.map(task_func, over, inputs, task_name, task_id=task_id, **misplaced))
+        """Add a task that runs once for each item of a list that a task returns; see `LatticeWorkflow.map`.
 
-    async def _sent(self, added: LatticeTask) -> LatticeTask:
+        The source was sent without a request for its items, so a further task, `items`, returns them.
+        """
+        mapped = self.tasks.map(task_func, over, inputs, task_name, task_id=task_id, **misplaced)
+        source: TaskOutput = mapped.inputs[mapped.over]
+        if isinstance(source.owner, LatticeTask) and source.owner.over:  # Its items came one by one.
+            return await self._sent(mapped)
+        relay = self.tasks.add_task(relay_of(mapped.definition), {"values": source}, f"items of {source.task_id}")
+        mapped.inputs = {**mapped.inputs, mapped.over: relay.output}
+        return await self._sent(mapped, relay)
+
+    async def _sent(self, added: LatticeTask, *before: LatticeTask) -> LatticeTask:
         try:
-            await self.add_tasks([added])
+            await self.add_tasks([*before, added])
         except BaseException:
-            self.tasks.tasks.pop(added.task_id, None)
+            for sent in (*before, added):
+                self.tasks.tasks.pop(sent.task_id, None)
             raise
         return added
 
     async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks of a workflow, all in one message; see `AsyncRun.add_tasks`."""
+        tasks = tasks_in(tasks)
         revision = await self.api.starter.add_by(self._add, self, tasks, self.scope(tasks), expected_revision)
         self.note_added(tasks)
         self._added_ids.update(task.task_id for task in tasks)

@@ -101,14 +101,23 @@ class Reader:
         return await results.result_of(answer.final_tasks, self._transfer.fetch, declared)
 
     async def outcome_of(self, response: task_pb2.RunTaskResponse, task: LatticeTask) -> Any:
-        """Wait for the end of a task that runs alone; return its fetched outputs, or its error."""
+        """Wait for the end of a run of one task; return the fetched outputs of that task, or the error of the run.
+
+        Tasks that it spawned belong to the run, and their outputs are read from the run.
+        """
         tie = response.run.cancel_on_disconnect
         grace_s = tie.ToNanoseconds() / 1e9 if response.run.HasField("cancel_on_disconnect") else None
-        if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
-            outputs = results.ordered(response.task.outputs, task.definition.outputs)
-            return await results.decode_all(response.task.task_id, outputs, self._transfer.fetch)
-        ended = await self.ended(response.run.run_id, grace_s=grace_s)
-        return await self.result_in(ended, declared=results.declared_by([task]))
+        found = response.task
+        if response.run.state != run_pb2.RUN_STATE_SUCCEEDED:
+            ended = await self.ended(response.run.run_id, grace_s=grace_s)
+            if ended.run.state != run_pb2.RUN_STATE_SUCCEEDED:
+                return await self.error_of(ended.run)
+            if (final := next((one for one in ended.final_tasks if one.task_id == found.task_id), None)) is None:
+                request = task_pb2.GetTaskRequest(run_id=response.run.run_id, task_id=found.task_id)
+                final = (await self._rpc.call(self._rpc.tasks.GetTask, request)).task
+            found = final
+        outputs = results.ordered(found.outputs, task.definition.outputs)
+        return await results.decode_all(found.task_id, outputs, self._transfer.fetch)
 
     async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
         """Return the error of an ended run, with the display name of the failed task; None when the run succeeded."""

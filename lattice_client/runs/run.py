@@ -9,7 +9,7 @@ from lattice.v1 import results_pb2, run_pb2, task_pb2
 
 from lattice_client.convert.events import RunEvent
 from lattice_client.convert.results import declared_by
-from lattice_client.graph.nodes import LatticeTask
+from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import Scope, TaskOutput
 from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.graph.workflow import Graph
@@ -18,7 +18,7 @@ from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.executions import Execution
 from lattice_client.runs.ids import RunId, task_id_of
-from lattice_client.runs.tracebacks import shorten
+from lattice_client.runs.tracebacks import interruptible, shorten
 
 
 @shorten
@@ -81,7 +81,8 @@ class AsyncRun(RunId):
             DecodeError: a value cannot be decoded here.
         """
         grace_s = disconnect_grace_s(cancel_on_disconnect)
-        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial, grace_s), trust_pickles)
+        with interruptible(self, is_tied=self.ends_with_caller or grace_s is not None):
+            found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial, grace_s), trust_pickles)
         return found
 
     async def output(
@@ -101,7 +102,8 @@ class AsyncRun(RunId):
             UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        return decoded(await self.fetched_output(task, timeout), trust_pickles)
+        with interruptible(self, is_tied=self.ends_with_caller):
+            return decoded(await self.fetched_output(task, timeout), trust_pickles)
 
     async def fetched_result(
         self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None
@@ -121,8 +123,9 @@ class AsyncRun(RunId):
 
     async def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises UnavailableError as `result`."""
-        async for event in self.fetched_events(after):
-            yield decoded(event)
+        with interruptible(self, is_tied=self.ends_with_caller):
+            async for event in self.fetched_events(after):
+                yield decoded(event)
 
     def fetched_events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events, each for `decoded`."""
@@ -143,8 +146,9 @@ class AsyncRun(RunId):
             TaskFailedError: the task failed.
             UnavailableError: as `result`.
         """
-        async for chunk in streams.values(self.api, self, task, on_restart):
-            yield streams.with_value(chunk).value
+        with interruptible(self, is_tied=self.ends_with_caller):
+            async for chunk in streams.values(self.api, self, task, on_restart):
+                yield streams.with_value(chunk).value
 
     async def chunks(
         self, task: streams.Streaming | None = None, after: Mapping[str, int] | None = None
@@ -153,8 +157,9 @@ class AsyncRun(RunId):
 
         `after` has the numbers of the last chunks that the caller has, by task id. Raises UnavailableError as `result`.
         """
-        async for chunk in streams.chunks(self.api, self, task, after):
-            yield streams.with_value(chunk)
+        with interruptible(self, is_tied=self.ends_with_caller):
+            async for chunk in streams.chunks(self.api, self, task, after):
+                yield streams.with_value(chunk)
 
     def progress(self, task: streams.Streaming | None = None) -> AsyncIterator[streams.Progress]:
         """Yield how far one task is, or all tasks are, to its end or the end of the run; newest values only."""
@@ -195,6 +200,7 @@ class AsyncRun(RunId):
         They can be wired to each other and to every task of the run. Raises AbortedError when the run does not have the
         expected revision, PreconditionError when it has ended.
         """
+        tasks = tasks_in(tasks)
         revision = await self.api.starter.add_tasks(self, tasks, self.scope(tasks), expected_revision)
         self.note_added(tasks)
         return revision

@@ -1,5 +1,6 @@
 """Owns starting runs, storing workflows and adding tasks to runs. Rule: one call starts a run."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -13,6 +14,7 @@ from lattice_client.convert.inputs import Binder
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.environment import Env, secret
+from lattice_client.graph.names import texts_of
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
@@ -22,6 +24,7 @@ from lattice_client.runs.executions import Execution, Executions
 from lattice_client.runs.parts import ENVELOPE_BYTES, GraphMessage, Parts
 from lattice_client.runs.reader import WAIT_S
 from lattice_client.runs.sending import Sender
+from lattice_client.runs.tracebacks import note_continues
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import building, duration, made
 
@@ -121,10 +124,9 @@ class Starter:
 
         try:
             response = await self._sender.accepted(call)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, asyncio.CancelledError) as error:
             if not settings.get("cancel_on_disconnect"):
-                command = f"`lattice runs cancel {request.run_id}`"
-                error.add_note(f"run {request.run_id!r} continues if it was started; {command} would end it")
+                note_continues(error, request.run_id, " if it was started")
             raise
         self._sender.known_code.note_sent([function])
         return response
@@ -224,7 +226,9 @@ class Starter:
         """
         tasks = [*(() if graph is None else graph.tasks.values()), *added]
         env = {**self._env, **({} if graph is None else graph.env)}
-        return specs.secrets_of(tasks, env) | {name: secret(name).value() for name in names}
+        return specs.secrets_of(tasks, env) | {
+            name: secret(name).value() for name in texts_of("secrets", "a list of names of variables", names)
+        }
 
     def _secrets_of(self, graph: Graph[Any]) -> dict[str, str]:
         return specs.secrets_of(graph.tasks.values(), {**self._env, **graph.env})

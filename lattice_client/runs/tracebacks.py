@@ -3,11 +3,12 @@
 The frames of the client are in the log, from level `debug` on.
 """
 
+import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ INNER = frozenset({"lattice_client", "contextlib", "grpc"})
 OUTERMOST = frozenset({__name__, "lattice_client.runs.driver"})
 # The errors that methods raise on purpose; all frames of other errors stay.
 REFUSALS = (errors.LatticeError, TimeoutError)
+# Ctrl-C is a cancellation in a coroutine, whose traceback Python shows before that of KeyboardInterrupt.
+SHORTENED = (*REFUSALS, asyncio.CancelledError)
 
 
 def shortened(error: E) -> E:
@@ -43,6 +46,22 @@ def shortened(error: E) -> E:
     return error.with_traceback(outer)
 
 
+def note_continues(error: BaseException, run_id: str, condition: str = "") -> None:
+    """Add a note to an interrupt or a cancellation, which says that the run continues."""
+    error.add_note(f"run {str(run_id)!r} continues{condition}; `lattice runs cancel {run_id}` would end it")
+
+
+@contextmanager
+def interruptible(run_id: str, *, is_tied: bool) -> Iterator[None]:
+    """Note in a cancellation of a block that the run continues, unless it `is_tied` to its caller."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        if not is_tied:
+            note_continues(error, run_id)
+        raise
+
+
 def shorten(kind: C) -> C:
     """Shorten the tracebacks of the public coroutines and asynchronous generators of a class."""
     for name, method in list(vars(kind).items()):
@@ -60,7 +79,7 @@ def _coroutine(method: Callable[..., Any]) -> Callable[..., Any]:
     async def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return await method(*args, **kwargs)
-        except REFUSALS as error:
+        except SHORTENED as error:
             raise shortened(error) from error.__cause__
 
     return called
@@ -73,7 +92,7 @@ def _generator(method: Callable[..., Any]) -> Callable[..., Any]:
             async with aclosing(method(*args, **kwargs)) as items:
                 async for item in items:
                     yield item
-        except REFUSALS as error:
+        except SHORTENED as error:
             raise shortened(error) from error.__cause__
 
     return iterated

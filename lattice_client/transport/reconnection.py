@@ -12,6 +12,7 @@ import grpc
 
 from lattice_client import errors
 from lattice_client.transport.channel import Channel, LimitReachedError
+from lattice_client.transport.requests import check_wait
 
 # How long a call is repeated while the server cannot be reached.
 RECONNECT_S = 30.0
@@ -84,8 +85,10 @@ async def limited(
 ) -> AsyncIterator[None]:
     """Limit the duration of a block that waits for a run, or for one of its tasks. Raises TimeoutError.
 
-    `allowed_s` is the limit that the error names, for a block that has only the rest of it.
+    `allowed_s` is the limit that the error names, for a block that has only the rest of it. Raises TypeError when a
+    limit is not a number.
     """
+    check_wait(timeout)
     try:
         async with rpc.limit(timeout):
             yield

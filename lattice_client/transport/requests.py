@@ -1,5 +1,6 @@
 """Owns building request messages. Rule: a value that a message cannot hold raises with the name of its field."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,6 +38,22 @@ def building() -> Iterator[None]:
     except UnicodeEncodeError as error:
         text = f"the name or label {error.object!r} cannot be sent: it contains half a surrogate pair at {error.start}"
         raise errors.TaskDefinitionError(text) from None
+
+
+def check_wait(timeout: float | None, name: str = "timeout") -> None:
+    """Raise TypeError unless a limit of a wait is None or a number of seconds."""
+    if timeout is not None:
+        check_seconds(timeout, name)
+
+
+def check_seconds(value: float, name: str) -> None:
+    """Raise TypeError unless a value is a number of seconds."""
+    try:
+        is_number = not math.isnan(value)
+    except (TypeError, OverflowError):
+        is_number = False
+    if not is_number:
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
 
 
 def duration(seconds: float) -> Duration:

@@ -30,6 +30,8 @@ TLS_PORT = 443
 MAX_PORT = 65535
 # The hosts by which a server listens on all its addresses.
 ANY = frozenset({"0.0.0.0", "[::]", "::", "*"})
+# A name or an IPv4 address; in clusters names may have underscores.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 PRINTABLE = re.compile(r"[!-~]+")
 
 
@@ -78,6 +80,8 @@ def secure(
         SecurityError: the connection would not be secure.
     """
     token = token or os.environ.get("LATTICE_TOKEN") or None
+    if token is not None and not isinstance(token, str):
+        raise SecurityError(f"the token must be a text, not a {type(token).__name__}")
     if token is not None and not PRINTABLE.fullmatch(token):
         raise SecurityError("the token, or LATTICE_TOKEN, must be printable ASCII without spaces or line breaks")
     address, has_tls_scheme = _split(target)
@@ -146,7 +150,19 @@ def _endpoint(endpoint: str, target: str, default_port: int | None) -> str:
     if host in ANY:
         way = f"127.0.0.1:{port} leads to a server on this machine"
         raise TargetError(f"the target {target!r} is an address to listen on, not to connect to: {way}")
+    if not _is_host(host):
+        text = f"has the host {host!r}, which is neither a name nor an address"
+        raise TargetError(f"the target {target!r} {text}: write host:port, {EXAMPLE} or [::1]:50051")
     return f"{host}:{port}"
+
+
+def _is_host(host: str) -> bool:
+    if not host.startswith("["):
+        return NAME.fullmatch(host) is not None
+    try:
+        return host.endswith("]") and ip_address(host[1:-1]).version == 6
+    except ValueError:
+        return False
 
 
 def _split(target: str) -> tuple[str, bool]:

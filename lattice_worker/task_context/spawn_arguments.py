@@ -63,7 +63,10 @@ def form_of(task: Any) -> Mapping[str, Any]:
 def label_of(task: Any, name: object) -> str:
     if name is not None and not isinstance(name, str):
         raise SpawnError(f"spawn: name must be a text, not {name!r}")
-    return utf8(name or str(getattr(task, "__name__", "task")))
+    label = utf8(name or str(getattr(task, "__name__", "task")))
+    if "\n" in label:
+        raise SpawnError(f"spawn: the name of a task must have no line break, not {label!r}; give name")
+    return label
 
 
 def inputs_of(where: str, task: Any, form: Mapping[str, Any], inputs: object, misplaced: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.blame import refusal
@@ -75,6 +75,19 @@ class SpawnedTask:
 
     def __format__(self, spec: str) -> str:
         return str(self)
+
+    if not TYPE_CHECKING:  # for which it has no other attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Whatever probes an object asks for names with an underscore.
+            raise AttributeError(f"{type(self).__name__!r} has no {name!r}" if name.startswith("_") else self._advice())
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(self._advice())
+
+    def _advice(self) -> str:
+        text = f"{self!r} was added to the run, and this task does not wait for it"
+        return f"{text}: wire its output to another task, or wait for a value with context.call(task, inputs)"
 
     @property
     def outputs(self) -> dict[str, SpawnedOutput]:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -269,6 +270,39 @@ def test_interrupt_has_a_note_that_the_run_continues(follow: str) -> None:
         assert told.count("Traceback") == 1
         assert "concurrent/futures" not in told
         assert run.status() == "running"
+
+
+async def all_of(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+@pytest.mark.parametrize(
+    ("follow", "is_tied"),
+    [
+        (lambda run: run.result(), False),
+        (lambda run: run.output("t"), False),
+        (lambda run: all_of(run.events()), False),
+        (lambda run: all_of(run.chunks()), False),
+        (lambda run: run.result(cancel_on_disconnect=True), True),
+    ],
+)
+def test_cancelled_coroutine_has_a_note_that_the_run_continues(
+    follow: Callable[[AsyncRun], Coroutine[Any, Any, Any]], is_tied: bool
+) -> None:
+    async def scenario(address: str, run_id: str) -> BaseException:
+        async with AsyncLatticeClient(address) as client:
+            waiting = asyncio.create_task(follow(await client.get_run(run_id)))
+            await asyncio.sleep(0)  # its first step
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await waiting
+            return caught.value
+
+    with running() as (address, run):
+        error = asyncio.run(scenario(address, run))
+    note = f"run '{run}' continues; `lattice runs cancel {run}` would end it"
+    assert getattr(error, "__notes__", []) == ([] if is_tied else [note])
+    assert "".join(traceback.format_exception(error)).count("/lattice_client/") <= 2
 
 
 def test_watch_names_the_address_when_no_server_answers_at_first() -> None:

@@ -1,11 +1,13 @@
 """The check that a node's code changes nothing that it captures, by functions that do and functions that do not."""
 
 import asyncio
+import functools
 import importlib
 import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +387,21 @@ def test_code_in_modules_of_the_project_is_checked(tmp_path: Path, monkeypatch: 
 
 def test_code_of_installed_packages_is_not_checked() -> None:
     captures.check(importlib.import_module("warnings").simplefilter, "node 'n'")
+
+
+def test_code_of_installed_packages_in_a_class_that_is_sent_is_not_checked() -> None:
+    @dataclass
+    class Context:
+        user: str
+
+    @functools.singledispatch
+    def name(value: Any) -> str:
+        return "any"
+
+    def greets(state: Any) -> Any:
+        return Context(name(state))
+
+    captures.check(greets, "node 'n'")
 
 
 def test_captured_object_that_cannot_be_sent_is_named_as_the_node_names_it() -> None:

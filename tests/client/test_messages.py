@@ -1,6 +1,9 @@
 """The error messages for wrong use of tasks, outputs and runs: each names the mistake, its place and the correction."""
 
+import asyncio
 import functools
+import inspect
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NotRequired, TypedDict
@@ -12,6 +15,7 @@ from lattice_client import (
     LangGraphClient,
     LatticeClient,
     LatticeWorkflow,
+    SecurityError,
     TargetError,
     TaskDefinitionError,
     entrypoint,
@@ -223,6 +227,56 @@ def test_a_wrong_setting_of_a_run_is_refused(client: LatticeClient, settings: di
     workflow.add_task(nothing)
     with pytest.raises(TaskDefinitionError, match=text):
         workflow.run(**settings)  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("timeout", ["5", math.nan, 10**400, [1]])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda run, timeout: run.result(timeout),
+        lambda run, timeout: run.output("nothing", timeout),
+        lambda run, timeout: list(run.events(timeout=timeout)),
+    ],
+)
+def test_wait_of_a_wrong_length_is_refused(
+    client: LatticeClient, wait: Callable[[Any, Any], object], timeout: Any
+) -> None:
+    workflow: LatticeWorkflow = client.create_workflow()
+    workflow.add_task(nothing)
+    with pytest.raises(TypeError, match=r"timeout must be a number of seconds, not "):
+        wait(workflow.run(), timeout)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda client: client.create_workflow(5), "the name of a workflow must be a text, not 5"),
+        (lambda client: client.open_run("\ud83d"), "the name of a workflow must be valid Unicode"),
+        (lambda client: client.get_workflow(None), "the id of a workflow must be a text, not None"),
+        (lambda client: client.list_runs(states="failed"), "the states of runs must be a list of states, not 'failed'"),
+        (lambda client: client.retry_run("r", secrets="KEY"), "secrets must be a list of names of variables"),
+        (
+            lambda client: client.aio.add_tasks("r", [leaf]),
+            "the tasks to add must be a list .*; the function 'leaf' is none",
+        ),
+        (lambda client: client.aio.add_tasks("r", 5), "the tasks to add must be a list of tasks .*, not 5"),
+        (lambda client: LatticeClient(client.target, tenant=5).list_runs(), "the tenant of a client must be a text"),
+    ],
+)
+def test_argument_of_a_wrong_type_is_named(client: LatticeClient, call: Callable[[Any], Any], text: str) -> None:
+    def result() -> None:
+        if inspect.iscoroutine(found := call(client)):
+            asyncio.run(found)
+
+    with pytest.raises(TaskDefinitionError, match=text):
+        result()
+
+
+def test_client_refuses_settings_that_it_could_not_use_later() -> None:
+    with pytest.raises(TypeError, match="admission_timeout must be a number of seconds, not 'x'"):
+        LatticeClient("127.0.0.1:1", admission_timeout="x")  # type: ignore[arg-type]
+    with pytest.raises(SecurityError, match="the token must be a text, not a int"):
+        LatticeClient("127.0.0.1:1", token=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("target", ["tcp://127.0.0.1:6117", "ws://h:1", "Http://h:1", "grpc+tls://h:1", "grpcs:/h:1"])

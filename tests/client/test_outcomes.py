@@ -306,6 +306,35 @@ def test_spawned_task_receives_outputs_at_any_depth(client: LatticeClient) -> No
     assert run.output("plan/text") == "<5>"
 
 
+def test_run_task_returns_the_outputs_of_the_task_when_it_spawns_others(client: LatticeClient) -> None:
+    def ends_last() -> int:
+        made = context.spawn(give, {"value": 2})
+        return context.call(give, {"value": made.output}).result() + 1
+
+    def waits() -> str:
+        try:
+            context.wait_for("go", 0.5)
+        except TimeoutError:
+            return "waited"
+        return "signalled"
+
+    def ends_first() -> int:
+        context.spawn(waits)
+        return 3
+
+    for function in (ends_last, ends_first):
+        assert client.run_task(function) == {"result": 3}
+
+
+def test_run_task_raises_when_a_spawned_task_fails(client: LatticeClient) -> None:
+    def spawns() -> int:
+        context.spawn(fail)
+        return 3
+
+    with pytest.raises(TaskFailedError, match="a reason"):
+        client.run_task(spawns)
+
+
 @pytest.mark.parametrize("read", [str, list, bool, len, "{}".format, lambda x: [1, x], lambda x: x[0]])
 def test_a_spawned_task_s_output_cannot_be_read_or_returned(client: LatticeClient, read: Any) -> None:
     def careless() -> Any:

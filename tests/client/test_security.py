@@ -68,7 +68,6 @@ def test_address_is_on_this_machine_when_it_is_loopback(address: str) -> None:
         "127.0.0.1.example.org:1",
         "ipv4:127.0.0.1:1,10.1.2.3:1",
         "dns://10.1.2.3/localhost:1",
-        "localhost@example.org:1",
         "xds:localhost:1",
     ],
 )
@@ -102,6 +101,12 @@ def test_address_may_be_on_another_machine_when_it_is_not_loopback(address: str)
         ("0.0.0.0:50051", "127.0.0.1:50051 leads to a server on this machine"),
         ("[::]:50051", "not to connect to"),
         ("a host:1", "is no address"),
+        ("[::1:50051", r"has the host '\[::1', which is neither a name nor an address: write host:port"),
+        ("[::1]]:50051", "neither a name"),
+        ("[localhost]:50051", "neither a name"),
+        ("localhost@example.org:1", "neither a name"),
+        ("http://127.0.0.1/path:50051", "neither a name"),
+        ("${HOST}:50051", "neither a name"),
         ("", "is no address"),
     ],
 )
@@ -113,6 +118,8 @@ def test_target_is_refused_when_it_is_not_an_address(target: str, what: str) -> 
 def test_a_target_may_leave_the_port_out_where_its_scheme_names_one() -> None:
     assert secure("grpcs://example.org", token=TOKEN).address == "example.org:443"
     assert secure(" 127.0.0.1:50051\n").address == "127.0.0.1:50051"
+    for target in ("[::1]:50051", "[fe80::1%eth0]:50051", "a_name.of-a.cluster:50051", "ipv6:[::1]:50051"):
+        assert secure(target, insecure=True).address == target
     with pytest.raises(TargetError, match="not a int"):
         secure(50051)  # type: ignore[arg-type]
 

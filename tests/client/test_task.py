@@ -12,7 +12,8 @@ import pytest
 import typing_extensions
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
-from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, entrypoint, task
+from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, entrypoint, secret, task
+from lattice_client.graph.options import DefinitionOptions, TaskOptions
 
 T = TypeVar("T")
 
@@ -89,7 +90,8 @@ def test_a_task_is_still_its_function() -> None:
         ({"retry_backoff": 1.0}, "retry_backoff must be used together with retries"),
         ({"max_worker_losses": 0}, "max_worker_losses must be a whole number from 1"),
         ({"max_worker_losses": 10_001}, "max_worker_losses must be a whole number from 1 to 10000"),
-        ({"retries": 1, "retry_on": "often"}, "retry_on must be one of error, crash, out_of_memory, timeout"),
+        ({"retries": 1, "retry_on": "often"}, "retry_on must be one of error, crash, out_of_memory, timeout, a class"),
+        ({"retries": 1, "retry_on": ["error", "ValueError"]}, "a class of exceptions, .* not 'ValueError'"),
         ({"timeout": 0}, "timeout must be seconds above 0"),
         ({"total_timeout": -1}, "total_timeout must be seconds from 0"),
         ({"priority": "high"}, "priority must be a whole number"),
@@ -116,6 +118,44 @@ def test_a_task_is_still_its_function() -> None:
 def test_task_raises_when_a_setting_is_wrong(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
         task(**settings)(plain)
+
+
+WRONG = [True, 0, -1, 1.5, math.nan, 10**400, "x", "", b"x", ["a"], [1], [[]], [None], {"a": 1}, {1: "a"}, {"a": None}]
+WRONG += [object(), lambda: 1, int, ValueError, ValueError("x"), range(3), iter([1]), 1j, "\ud83d", ["\ud83d"]]
+WRONG += [{"\ud83d": "a"}, {"a": "\ud83d"}]
+
+
+@pytest.mark.parametrize("option", sorted({*DefinitionOptions.__annotations__, *TaskOptions.__annotations__}))
+def test_option_of_any_type_is_accepted_or_refused_with_its_name(option: str) -> None:
+    for value in WRONG:
+        for others in ({}, {"retries": 2}, {"batch_size": 3}, {"isolation": "seccomp"}):
+            if option in others:
+                continue
+            assert option in refusal({option: value, **others}), (value, others)
+
+
+def test_no_error_shows_the_value_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "hidden\udcff")
+    with LatticeClient("127.0.0.1:1") as client:
+        for given in ("hidden\ud83d", secret("KEY")):
+            with pytest.raises(TaskDefinitionError, match=r"KEY.* is not valid") as caught:
+                client.run_task(task(env={"KEY": given})(lambda: 1))
+            assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [3, None, "\ud83d"])
+def test_name_of_a_secret_is_a_text(name: Any) -> None:
+    with pytest.raises(TaskDefinitionError, match="the name of a secret must be"):
+        secret(name)
+
+
+def refusal(options: dict[str, Any]) -> str:
+    """Return the error that a task with these options raises; their names when it raises none."""
+    try:
+        task(**options)(plain).pack()
+    except TaskDefinitionError as error:
+        return str(error)
+    return str([*options])
 
 
 class Flaky(Exception):

@@ -66,6 +66,14 @@ def test_tasks_of_one_function_are_numbered(graph: Graph[None]) -> None:
     assert {found.display_name for found in graph.tasks.values()} == {"shown"}
 
 
+@pytest.mark.parametrize("read", [lambda added: added.result(), lambda added: added.value, lambda a: a.__await__()])
+def test_a_task_names_the_output_of_its_run_when_it_is_waited_for(
+    graph: Graph[None], read: Callable[[Any], Any]
+) -> None:
+    with pytest.raises((AttributeError, TypeError), match=r"belongs to a run: run.output\(task\) waits for it"):
+        read(graph.add_task(nothing))
+
+
 def test_an_id_can_be_chosen_for_a_task_and_a_map(graph: Graph[None]) -> None:
     first = graph.add_task(nothing, task_id="a b/ü")
     mapped = graph.map(count, {"text": first.output}, {"word": "x"}, task_id="m")

@@ -215,6 +215,27 @@ def test_compile_refuses_a_node_that_cannot_be_pickled_and_unknown_options(local
     assert lattice.compile(graph, local=["holds_lock"]).invoke(given()) == given()
 
 
+def test_values_that_cannot_be_pickled_are_named_with_the_node(local: str) -> None:
+    def reads(state: State, config: RunnableConfig) -> dict[str, Any]:
+        with config["configurable"]["lock"]:
+            return {}
+
+    def returns(state: State) -> dict[str, Any]:
+        return {"words": [threading.Lock()]}
+
+    lattice, lock = LangGraphClient(local), threading.Lock()
+    advice = r"name the node in local=\[...\] to run it here"
+    for node, state, match in (
+        (reads, given(), rf"config\['configurable'\]\['lock'\] was not sent to the node .*; {advice}"),
+        (reads, {"words": [lock]}, rf"node 'reads' .* its input, entry 'words', item 0 \(_thread.lock\) .*; {advice}"),
+        (returns, given(), rf"the result of the node, entry 'words', item 0 \(_thread.lock\) .*; {advice}"),
+    ):
+        graph = graph_of(node)
+        graph.add_edge(START, node.__name__)
+        with pytest.raises((TypeError, RuntimeError), match=match):
+            lattice.compile(graph).invoke(state, {"configurable": {"lock": lock}})
+
+
 def test_a_node_in_a_sandbox_returns_data_and_exceptions_by_name(local: str) -> None:
     @LangGraphClient(local).task(isolation="subprocess")
     def sealed(state: State) -> dict[str, Any]:

@@ -1,13 +1,22 @@
 """Open runs from the Python client: supersteps, questions, handlers and closing."""
 
 import asyncio
+import functools
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, Question, TaskFailedError, context, task
+from lattice_client import LatticeClient, Question, RunError, TaskFailedError, context, task
 from tests.e2e.rooms import WAIT_S
+
+
+@dataclass
+class Quota:
+    """A value of a class of this module."""
+
+    number: int
 
 
 @task
@@ -45,6 +54,31 @@ def test_a_superstep_gets_outputs_of_earlier_ones(client: LatticeClient) -> None
         assert client.describe_run(run).open
     found = client.describe_run(run)
     assert (found.open, found.display_name, found.task_counts.succeeded) == (False, "steps", 21)
+
+
+@task
+def two() -> list[Quota]:
+    return [Quota(1), Quota(2)]
+
+
+def test_a_map_may_be_added_over_a_task_that_was_sent_or_has_ended(client: LatticeClient) -> None:
+    def used(quota: Quota) -> int:
+        return quota.number * 10
+
+    with client.open_run() as run:
+        quotas = run.add(two)
+        assert run.output(quotas) == [Quota(1), Quota(2)]
+        tens = run.map(used, quotas.output)
+        sums = run.map(functools.partial(add, b=2), tens.output)
+        assert run.output(sums) == [12, 22]
+        assert run.output(run.map(add, run.add(task(lambda: [])).output)) == []
+        failed = run.map(add, run.add(fail).output)
+        with pytest.raises(RunError, match="task 'fail' did not succeed"):
+            run.output(failed)
+        with pytest.raises(TaskFailedError):
+            run.output("fail")
+    names = {found.task_id: found.display_name for found in client.list_tasks(run)}
+    assert (names["items"], names["items-2"]) == ("items of two", "items of <lambda>")
 
 
 @pytest.mark.parametrize("function", [ask, ask_async])

@@ -1,5 +1,6 @@
 """`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
+import copy
 import itertools
 import os
 import pickle
@@ -263,6 +264,16 @@ def test_a_call_raises_with_advice_when_it_is_used_as_its_value(sent: Sent, read
         read(made)
 
 
+@pytest.mark.parametrize("read", [lambda made: made.result(), lambda made: made.get, lambda made: made.__await__()])
+def test_a_spawned_task_names_call_when_it_is_waited_for(sent: Sent, read: Callable[[Any], Any]) -> None:
+    made: Any = context.spawn(give, {"v": 1})
+    advice = r"this task does not wait for it: wire its output .* context.call\(task, inputs\)"
+    with pytest.raises((AttributeError, TypeError), match=advice):
+        read(made)
+    assert not hasattr(made, "__array__")
+    assert copy.copy(made.output) == made.output
+
+
 def test_calls_can_be_in_sets_and_lists(sent: Sent) -> None:
     first, second = (called() for _ in range(2))
     assert len({first, second, first}) == 2
@@ -277,6 +288,7 @@ wrong: list[tuple[Callable[[], Any], str]] = [
     (lambda: context.spawn(leaf, 1), r"spawn of 'leaf': the inputs are one dict by name, .* not 1"),  # type: ignore[arg-type]
     (lambda: context.spawn(leaf, x=1), r"the inputs are one dict by name, .* not the argument 'x'"),
     (lambda: context.spawn(leaf, {"x": 1}, name=5), "name must be a text, not 5"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"x": 1}, name="a\nb"), r"must have no line break, not 'a\\nb'; give name"),
     (lambda: context.spawn(leaf, {"x": 1}, after=["first"]), "after must hold tasks .* not 'first'"),  # type: ignore[list-item]
     (lambda: context.spawn(leaf, {"x": 1}, after="first"), r"after must be a list .* not 'first'"),  # type: ignore[arg-type]
     (lambda: context.spawn(leaf, {"x": 1}, after=context.SpawnedTask("a", ("b",))), "after must be a list"),  # type: ignore[arg-type]

@@ -64,4 +64,5 @@ def refuse_late_maps(
         if is_sent and over.output not in split.get(over.task_id, ()):
             field = f"tasks[{index}].over"
             text = "a list that nothing was mapped over when its task was handed out cannot be mapped over later"
+            text += "; add a task that returns the list together with the map, and map over its output"
             raise InvalidError("INVALID_WORKFLOW", f"{field}: {text}", violations=[FieldViolation(field, text)])

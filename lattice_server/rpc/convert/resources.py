@@ -36,7 +36,7 @@ def resources_from_proto(message: resources_pb2.Resources, field: str, *, is_asy
     cpu = message.cpu if message.HasField("cpu") else (0.0 if is_async else 1.0)
     resources = Resources(cpu, message.memory_bytes, message.gpu, message.gpu_memory_bytes)
     if not (0 <= resources.cpu < 1e6 and 0 <= resources.gpu < 1e6):
-        raise invalid_field(field, "cpu and gpu must be numbers from 0")
+        raise invalid_field(field, "cpu and gpu must be numbers from 0 and below 1000000")
     if resources.memory_bytes < 0 or resources.gpu_memory_bytes < 0:
         raise invalid_field(field, "memory must not be negative")
     if resources.gpu > 1 and resources.gpu != int(resources.gpu):
