@@ -75,6 +75,8 @@ def address(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def wrapped(addr: str, tls_ca: str | None, insecure: bool, **others: Any) -> None:
+        if not addr:
+            raise click.BadParameter("it is empty; name a server, host:port, or leave it out", param_hint="'--addr'")
         command(server=Server(addr, tls_ca, insecure), **others)
 
     return wrapped

@@ -219,3 +219,18 @@ def test_a_script_fails_as_it_would_with_python(tmp_path: Path, code: str) -> No
 def test_help_has_a_short_option(command: list[str]) -> None:
     short, long = (CliRunner().invoke(main, [*command, option]) for option in ("-h", "--help"))
     assert (short.exit_code, short.stdout) == (0, long.stdout)
+
+
+@pytest.mark.parametrize("typed", ["staus", "strat", "jornal"])
+def test_a_command_that_is_mistyped_is_answered_with_similar_ones(typed: str) -> None:
+    meant = {"staus": "status", "strat": "start", "jornal": "journal"}[typed]
+    done = CliRunner().invoke(main, [typed])
+    assert done.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean" in done.stderr
+    assert f"'{meant}'" in done.stderr
+
+
+def test_an_empty_address_is_refused() -> None:
+    done = CliRunner().invoke(main, ["status", "--addr", ""])
+    assert done.exit_code == 2
+    assert "'--addr': it is empty" in done.stderr

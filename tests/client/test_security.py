@@ -103,6 +103,7 @@ def test_address_may_be_on_another_machine_when_it_is_not_loopback(address: str)
         ("[::]:50051", "not to connect to"),
         ("a host:1", "is no address"),
         ("", "is no address"),
+        ("ftp://127.0.0.1:1", "has the scheme 'ftp', which is not known"),
     ],
 )
 def test_target_is_refused_when_it_is_not_an_address(target: str, what: str) -> None:
