@@ -16,7 +16,7 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import METRICS, TASK_OUTPUT, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.flags import Flags, noting, secured
+from lattice_server.flags import Flags, check_role, noting, secured
 from lattice_server.joining import become_worker
 from lattice_server.secrets_file import read_secrets
 from lattice_server.tokens import read_tokens
@@ -137,6 +137,7 @@ def start(**given: Any) -> None:
     flags = Flags(**given)
     if flags.head == flags.worker:
         raise click.UsageError("say --head to start the server, or --worker to join one")
+    check_role(click.get_current_context(), is_worker=flags.worker)
     if wrong := [label for label in flags.labels if "=" not in label]:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
     if flags.worker:

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from lattice_client import LatticeClient, Run
 from lattice_client.cli import groups
 from lattice_client.cli.main import main
+from lattice_server.flags import OF_HEAD, OF_WORKER
 from tests.client.shell import WAIT_S, call, ended, fail, greet, terminal
 from tests.commands import LATTICE
 
@@ -177,6 +178,25 @@ def test_commands_work_when_another_entry_point_is_broken(
 def test_a_machine_must_be_told_the_port_of_its_server(address: str, text: str) -> None:
     done = call(address, "start", "--worker")
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: {text}")
+
+
+@pytest.mark.parametrize("option", ["--addr 127.0.0.1:50052", "--node-id x", "--drain-deadline 3"])
+def test_the_server_refuses_options_of_a_machine_that_joins(option: str) -> None:
+    done = CliRunner().invoke(main, ["start", "--head", *option.split()])
+    text = f"Error: {option.split(maxsplit=1)[0]} belongs to --worker, and has no effect with --head: leave it out"
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
+
+
+@pytest.mark.parametrize("option", ["--port 1", "--journal memory", "--executor local", "--metrics none"])
+def test_a_machine_that_joins_refuses_options_of_the_server(address: str, option: str) -> None:
+    done = call(address, "start", "--worker", *option.split())
+    text = f"Error: {option.split(maxsplit=1)[0]} belongs to --head, and has no effect with --worker: leave it out"
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
+
+
+def test_options_of_one_role_are_options_of_the_command() -> None:
+    (start,) = [entry.load() for entry in entry_points(group="lattice.commands", name="start")]
+    assert {option.name for option in start.params} >= OF_HEAD | OF_WORKER
 
 
 def run_script(folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
