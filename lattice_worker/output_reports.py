@@ -33,14 +33,14 @@ class _Pending:
 
 
 class OutputReports:
-    """The starts and the output of all leases. `emit` takes reports; those of other parts pass through `report`."""
+    """The starts and the output of all leases. `emit` takes reports; other parts of the worker use `report`."""
 
     def __init__(self, emit: Callable[[worker_pb2.Report], None]) -> None:
         self._emit = emit
         self._pending: dict[str, _Pending] = {}
         self._timer: asyncio.Handle | None = None
         self._flushed_at = 0.0
-        self._starts: dict[str, int] = {}  # Those that are not reported, in nanoseconds since the epoch.
+        self._starts: dict[str, int] = {}  # Unreported starts, in nanoseconds since the epoch.
         self._start_timer: asyncio.TimerHandle | None = None
 
     @property
