@@ -11,7 +11,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from click import Command, Context, Group, Option
+from click import BadParameter, Command, Context, Group, Option
+from click.types import FloatParamType
 
 from lattice_client.cli.main import main
 from lattice_server.config import ServerConfig
@@ -93,6 +94,15 @@ def test_a_page_names_flags_that_the_commands_have(page: Path) -> None:
 def test_every_command_and_option_has_a_help_text() -> None:
     assert not [command.name for command in COMMANDS if not command.help]
     assert not [option.opts for option in OPTIONS if not option.help]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_options_refuse_numbers_that_are_not_finite(text: str) -> None:
+    numbers = [option for option in OPTIONS if isinstance(option.type, FloatParamType)]
+    assert len(numbers) > 10
+    for option in numbers:
+        with pytest.raises(BadParameter):
+            option.type.convert(text, option, None)
 
 
 def test_the_page_of_the_command_line_lists_every_command() -> None:

@@ -194,6 +194,18 @@ def test_a_machine_that_joins_refuses_options_of_the_server(address: str, option
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
 
 
+def test_a_deadline_that_no_message_can_carry_is_refused() -> None:
+    done = CliRunner().invoke(main, ["nodes", "drain", "local", "--deadline", "1e300"])
+    assert done.exit_code == 2
+    assert "is not in the range 0<=x<=2592000" in done.stderr
+
+
+@pytest.mark.parametrize("label", ["zone", "=eu", ""])
+def test_a_label_has_a_name_and_a_value(label: str) -> None:
+    done = CliRunner().invoke(main, ["start", "--worker", "--addr", NOBODY, "--label", label])
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: a label is NAME=VALUE, not {label!r}")
+
+
 def test_options_of_one_role_are_options_of_the_command() -> None:
     (start,) = [entry.load() for entry in entry_points(group="lattice.commands", name="start")]
     assert {option.name for option in start.params} >= OF_HEAD | OF_WORKER
