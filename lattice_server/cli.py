@@ -16,7 +16,7 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import METRICS, TASK_OUTPUT, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.flags import Flags, noting, secured
+from lattice_server.flags import FiniteRange, Flags, check_role, noting, secured
 from lattice_server.joining import become_worker
 from lattice_server.secrets_file import read_secrets
 from lattice_server.tokens import read_tokens
@@ -35,7 +35,7 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--node-id", help="The id of this machine's node; by default its host name and some digits.")
 @click.option(
     "--drain-deadline",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=30.0,
     show_default=True,
     help="How many seconds running attempts have to finish when the worker is stopped; then they are moved.",
@@ -64,7 +64,7 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     show_default=True,
     help="With --ray-address: how many workers, each with --num-cpus and --num-gpus.",
 )
-@click.option("--num-cpus", type=click.FloatRange(0, 2**20), help="CPUs to offer instead of those this machine has.")
+@click.option("--num-cpus", type=FiniteRange(0, 2**20), help="CPUs to offer instead of those this machine has.")
 @click.option("--num-gpus", type=click.IntRange(0, 1024), help="GPUs to offer instead of those this machine has.")
 @click.option(
     "--memory", type=click.IntRange(1, 2**40), metavar="MIB", help="Memory to offer instead of all this machine has."
@@ -136,7 +136,8 @@ def start(**given: Any) -> None:
     flags = Flags(**given)
     if flags.head == flags.worker:
         raise click.UsageError("say --head to start the server, or --worker to join one")
-    if wrong := [label for label in flags.labels if "=" not in label]:
+    check_role(click.get_current_context(), is_worker=flags.worker)
+    if wrong := [label for label in flags.labels if not re.match("[^=]+=", label)]:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
     if flags.worker:
         become_worker(flags)
@@ -275,7 +276,7 @@ def _read(path: Path | None) -> ServerConfig:
 @click.option("--port", type=PORT, default=50051, show_default=True, help="Port of the server to stop.")
 @click.option("--node", "node_id", help="Stop this node's worker on this machine instead.")
 @click.option(
-    "--wait", type=click.FloatRange(0), default=60.0, show_default=True, help="How many seconds stopping may take."
+    "--wait", type=FiniteRange(0), default=60.0, show_default=True, help="How many seconds stopping may take."
 )
 def stop(port: int, node_id: str | None, wait: float) -> None:
     """Stop the Lattice server on this machine that listens on a port, or the worker of a node.

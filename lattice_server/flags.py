@@ -1,12 +1,15 @@
 """Owns the flags of `lattice start`, and turns errors about them into those of the command line."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lattice_server import pidfile, security
 from lattice_server.config import ServerConfig
@@ -15,6 +18,37 @@ from lattice_server.core.frozen import frozen
 MIB = 1024 * 1024
 # Workers, and the Ray nodes that start some, inherit it.
 GATEWAY_PORT = "LATTICE_GATEWAY_PORT"
+# Parameters of `lattice start` that belong to the server only, and parameters of a machine that joins one.
+OF_HEAD = frozenset({
+    "host", "port", "executor", "node_ip", "ray_address", "ray_workers", "tokens_file", "secrets_file", "config_file",
+    "metrics", "metrics_address", "traces", "journal", "journal_sync", "task_output",
+})  # fmt: skip
+OF_WORKER = frozenset({"addr", "node_id", "drain_deadline"})
+
+
+def check_role(context: click.Context, *, is_worker: bool) -> None:
+    """Refuse options that the started program does not have. Raises click.UsageError.
+
+    The environment may have settings of both.
+    """
+    foreign, given_to, role = (OF_HEAD, "--head", "--worker") if is_worker else (OF_WORKER, "--worker", "--head")
+    for option in context.command.params:
+        name = option.name or ""
+        if name in foreign and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{option.opts[0]} belongs to {given_to}, and has no effect with {role}: leave it out"
+            )
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, and not NaN, which a range of click lets through, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Raises click.BadParameter."""
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 @frozen

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
@@ -32,7 +32,7 @@ def check(place: str, as_json: bool) -> None:
 
     The exit status is 1 when there is damage.
     """
-    with _errors(), _stopped(place) as opened:
+    with _errors(place), _stopped(place) as opened:
         _report(JournalCheck(opened), as_json)
 
 
@@ -46,7 +46,7 @@ def backup(folder: Path, target: Path) -> None:
     """
     if str(folder).startswith(("postgresql:", "postgres:")):
         raise click.ClickException("a database is copied by pg_dump, also while a server uses it")
-    with _errors():
+    with _errors(str(folder)):
         back_up(folder, target)
         click.echo(f"Copied the journal to {target}.")
         with stopped_sqlite(target) as opened:
@@ -62,23 +62,26 @@ def backup(folder: Path, target: Path) -> None:
 def export(place: str, run_ids: tuple[str, ...], output: IO[str]) -> None:
     """Write the records of a stopped server's journal as JSON, one document a line.
 
-    Ended runs come first, the newest at the beginning. The exit status is 1 when a run or workflow is damaged.
+    Ended runs come first, the newest at the beginning. The exit status is 1 when a run or workflow is damaged, or when
+    there is no run of a given id.
     """
-    with _errors(), _stopped(place) as opened:
+    missing = dict.fromkeys(run_ids)
+    with _errors(place), _stopped(place) as opened:
         exporter = Exporter(opened.reader)
-        for document in _documents(exporter, opened, frozenset(run_ids)):
-            output.write(json.dumps(document) + "\n")
+        for run in runs_of(opened.reader):
+            if not run_ids or run.run_id in run_ids:
+                missing.pop(run.run_id, None)
+                _write(output, exporter.run(run))
+        for workflow in () if run_ids else opened.reader.workflows():
+            _write(output, exporter.workflow(workflow))
     if exporter.damaged:
         raise click.ClickException(f"{exporter.damaged} runs or workflows are damaged; see their lines of kind damage")
+    if missing:
+        raise click.ClickException(f"the journal has no run {', '.join(map(json.dumps, missing))}")
 
 
-def _documents(exporter: Exporter, opened: StoppedJournal, run_ids: frozenset[str]) -> Iterator[object]:
-    for run in runs_of(opened.reader):
-        if not run_ids or run.run_id in run_ids:
-            yield from exporter.run(run)
-    if not run_ids:
-        for workflow in opened.reader.workflows():
-            yield from exporter.workflow(workflow)
+def _write(output: IO[str], documents: Iterable[object]) -> None:
+    output.writelines(json.dumps(document) + "\n" for document in documents)
 
 
 def _report(checking: JournalCheck, as_json: bool) -> None:
@@ -115,11 +118,14 @@ def _stopped(place: str) -> AbstractContextManager[StoppedJournal]:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Show the errors of a journal as those of a command. Raises click.ClickException."""
+def _errors(place: str) -> Iterator[None]:
+    """Show the errors of the journal at a place as those of a command. Raises click.ClickException."""
     try:
         yield
     except JournalLockedError as error:
-        raise click.ClickException(f"{error}; stop it, or `lattice journal backup` and use the copy") from None
+        copied = (
+            "pg_dump and restore a copy" if place.startswith(POSTGRES) else "`lattice journal backup` and use the copy"
+        )
+        raise click.ClickException(f"{error}; stop it, or {copied}") from None
     except (JournalError, OSError) as error:
         raise click.ClickException(str(error)) from None

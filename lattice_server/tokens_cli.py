@@ -68,7 +68,10 @@ def _entry(
         lines.append(f"tenant = {_text(check_name(tenant, '--tenant'))}")
     lines.append(f"scopes = [{', '.join(map(_text, dict.fromkeys(scopes)))}]")
     if expires is not None:
-        lines.append(f"expires = {_time(expires):%Y-%m-%dT%H:%M:%SZ}")
+        time = _time(expires)
+        if time <= datetime.now(UTC):
+            raise click.UsageError(f"--expires {expires!r} is not in the future: the token would never be accepted")
+        lines.append(f"expires = {time:%Y-%m-%dT%H:%M:%SZ}")
     if nodes:
         lines.append(f"nodes = [{', '.join(_text(check_name(node, '--node')) for node in nodes)}]")
     return "\n".join(lines) + "\n"

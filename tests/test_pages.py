@@ -1,6 +1,8 @@
 """The pages name files, folders, headings, settings, flags and commands that exist, and the defaults of settings."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
@@ -9,7 +11,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from click import Command, Context, Group, Option
+from click import BadParameter, Command, Context, Group, Option
+from click.types import FloatParamType
 
 from lattice_client.cli.main import main
 from lattice_server.config import ServerConfig
@@ -29,6 +32,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OTHER_FLAGS = {
     "docs/isolation.md": {"--package"},
     "docs/languages.md": {"--http", "--protocol"},
+    "docs/security.md": {"--protocol", "--cacert", "--reflect-header"},
     "docs/services.md": {"--bind"},
     "examples/agent_loop/README.md": {"--refuse"},
     "examples/go/README.md": {"--template"},
@@ -92,10 +96,34 @@ def test_every_command_and_option_has_a_help_text() -> None:
     assert not [option.opts for option in OPTIONS if not option.help]
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_options_refuse_numbers_that_are_not_finite(text: str) -> None:
+    numbers = [option for option in OPTIONS if isinstance(option.type, FloatParamType)]
+    assert len(numbers) > 10
+    for option in numbers:
+        with pytest.raises(BadParameter):
+            option.type.convert(text, option, None)
+
+
 def test_the_page_of_the_command_line_lists_every_command() -> None:
     usage = (ROOT / "docs" / "cli.md").read_text().partition("```")[2].partition("```")[0]
     listed = [line for line in usage.splitlines() if line.startswith("lattice")]
     assert {line.split()[1] for line in listed} == TOP.keys()
+    for name, top in TOP.items():
+        words = {word for line in listed if line.split()[1] == name for word in re.findall(r"\w+", line)}
+        assert {command.name for command in _commands(top)} <= words
+
+
+def test_python_examples_have_no_undefined_names(tmp_path: Path) -> None:
+    for page in PRESENT:
+        for number, example in enumerate(
+            re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+        ):
+            (tmp_path / f"{page.parent.name}_{page.stem}_{number}.py").write_text(example)
+    assert len(list(tmp_path.iterdir())) > 20
+    command = [str(Path(sys.executable).parent / "ruff"), "check", "--isolated", "--select", "F821", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_checks_of_pages_find_the_settings_and_flags_of_the_pages() -> None:

@@ -3,8 +3,10 @@
 import click
 from lattice.v1 import cluster_pb2, resources_pb2
 
-from lattice_client.cli.options import Server, address, as_dict, as_json, connected, print_json, show
+from lattice_client.cli.options import FiniteRange, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.cli.terminal import one_line, say
+
+MAX_DEADLINE_S = 30 * 86_400
 
 
 @click.command()
@@ -75,7 +77,7 @@ def _level(refusal: resources_pb2.IsolationRefusal) -> str:
 @nodes.command()
 @address
 @click.argument("node_id")
-@click.option("--deadline", type=click.FloatRange(0), help="Seconds after which running attempts are moved.")
+@click.option("--deadline", type=FiniteRange(0, MAX_DEADLINE_S), help="Seconds after which running attempts are moved.")
 def drain(server: Server, node_id: str, deadline: float | None) -> None:
     """Let a node finish its running attempts and leave.
 

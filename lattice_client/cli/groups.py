@@ -4,6 +4,7 @@ import errno
 import logging
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from io import TextIOWrapper
 from pkgutil import resolve_name
@@ -40,6 +41,16 @@ class LazyGroup(click.Group):
             return super().get_command(ctx, cmd_name)
         command: click.Command = resolve_name(self.lazy[cmd_name][0])
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments begin with. Raises click.UsageError, with names that are similar."""
+        name = args[0]
+        if name[:1].isalnum() and self.get_command(ctx, name) is None:
+            similar = " or ".join(map(repr, get_close_matches(name, self.list_commands(ctx))))
+            raise click.UsageError(f"No such command {name!r}." + (f" Did you mean {similar}?" if similar else ""), ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands, without importing those of `lazy`."""

@@ -25,6 +25,7 @@ from lattice_client.cli.timeline_html import html_page
 from lattice_client.cli.watching import say_lost
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.convert.failures import error_of
+from lattice_client.errors import TaskFailedError
 from lattice_client.runs.reader import TERMINAL, Selection
 
 MAX_LIMIT = 10_000
@@ -70,6 +71,8 @@ async def _show(server: Server, run_id: str, as_json: bool, shows_all: bool) -> 
     run_report.print_problems(report)
     names = {task.task_id: task.display_name for task in report.tasks}
     if run.state in TERMINAL and (error := error_of(run, names.get(run.failure.task_id, ""))) is not None:
+        if isinstance(error, TaskFailedError):
+            error.failed_tasks = 1  # The others are listed above.
         say(f"\n{str(error).rstrip()}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from lattice.v1 import service_pb2
 
-from lattice_client.cli.options import Server, address, as_json, connected, show
+from lattice_client.cli.options import FiniteRange, Server, address, as_json, connected, show
 from lattice_client.cli.services import (
     COLUMNS,
     logs,
@@ -40,7 +40,7 @@ def llm() -> None:
 @click.option("--api-key-env", default="", metavar="NAME", help="The variable with the key of the provider.")
 @click.option("--requests-per-minute", type=click.IntRange(1), help="Requests a minute; more of them wait.")
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Tokens of prompts and answers a minute.")
-@click.option("--limit-window", type=click.FloatRange(1, 3600), help="Seconds over which these are counted.  [60]")
+@click.option("--limit-window", type=FiniteRange(1, 3600), help="Seconds over which these are counted.  [60]")
 @click.option("--health", default="", metavar="PATH", help="A path that has to answer by HTTP.")
 @click.argument("name")
 @click.argument("model", default="")

@@ -33,6 +33,17 @@ console = Console()
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range, and not NaN, which a range of click lets through, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Raises click.BadParameter."""
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """The server of a command, and how to connect to it. The token comes from the environment only."""
@@ -75,6 +86,8 @@ def address(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def wrapped(addr: str, tls_ca: str | None, insecure: bool, **others: Any) -> None:
+        if not addr:
+            raise click.BadParameter("it is empty; name a server, host:port, or leave it out", param_hint="'--addr'")
         command(server=Server(addr, tls_ca, insecure), **others)
 
     return wrapped

@@ -75,9 +75,12 @@ async def gather(client: AsyncLatticeClient, run_id: str, *, with_outputs: bool)
 
 def _failures(tasks: Sequence[run_pb2.TaskRun]) -> list[tuple[run_pb2.TaskRun, int]]:
     """Return the first task of each kind of failure, with how many failed like it; also failures that are retried."""
+    names = {task.task_id for task in tasks}
     groups: dict[tuple[int, str, str], list[run_pb2.TaskRun]] = defaultdict(list)
     for task in tasks:
         is_own = task.failure.kind not in {errors_pb2.FAILURE_KIND_UPSTREAM, errors_pb2.FAILURE_KIND_CANCELLED}
+        if task.failure.task_id not in {"", task.task_id} and task.failure.task_id in names:
+            continue  # A map has the failure of its item, which has the node and the attempt.
         is_open = task.state in {run_pb2.TASK_STATE_QUEUED, run_pb2.TASK_STATE_RUNNING}
         if task.HasField("failure") and is_own and (task.state == run_pb2.TASK_STATE_FAILED or is_open):
             # Numbers differ between failures of one kind.

@@ -116,8 +116,9 @@ async def ask(client: AsyncLatticeClient) -> Answer | Finding:
         advice = "it may be overloaded, or the port may be that of another program: see its log"
         return Finding("server", "answer", ERROR, f"no answer within {ANSWER_S:.0f} s", advice)
     except LatticeError as error:
-        advice = getattr(error, "advice", "") or "see the server's log"
-        return Finding("server", "answer", ERROR, str(error), advice)
+        advice = getattr(error, "advice", "")
+        text = str(error).removesuffix(f"; {advice}")
+        return Finding("server", "answer", ERROR, text, advice or "see the server's log")
     return Answer(info, sent_s, time.time())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from lattice.v1 import service_pb2
 
-from lattice_client.cli.options import Server, address, as_dict, as_json, connected, print_json, show
+from lattice_client.cli.options import FiniteRange, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.cli.terminal import one_line, say
 from lattice_client.graph.environment import Secret
 
@@ -23,7 +23,7 @@ def services() -> None:
 
 def resource_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of an instance's resources and of how many there are."""
-    amount = click.FloatRange(0)
+    amount = FiniteRange(0)
     for option in (
         click.option("--cpu", type=amount, help="CPUs of one instance.  [default: 1]"),
         click.option("--gpu", type=amount, help="GPUs of one instance; a fraction shares one."),
@@ -175,7 +175,7 @@ def scale(server: Server, name: str, replicas: int, max_replicas: int | None) ->
 @services.command()
 @address
 @click.argument("name")
-@click.option("--timeout", type=click.FloatRange(0), help="Seconds to wait at most.")
+@click.option("--timeout", type=FiniteRange(0), help="Seconds to wait at most.")
 def stop(server: Server, name: str, timeout: float | None) -> None:
     """Stop a service and wait until none of its processes is left."""
     with connected(server) as client:

@@ -24,7 +24,7 @@ TLS_SCHEMES = ("https://", "grpcs://")
 RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
 NAMED_RESOLVERS = re.compile(r"dns:(?://[^/]*/)?|ipv[46]:")
 OTHER_RESOLVERS = re.compile("(?:unix|unix-abstract|vsock|xds|google-c2p):")
-UNKNOWN_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+UNKNOWN_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 EXAMPLE = "such as 127.0.0.1:50051"
 TLS_PORT = 443
 MAX_PORT = 65535
@@ -176,7 +176,7 @@ def _split(target: str) -> tuple[str, bool]:
             return target.removeprefix(scheme).rstrip("/"), scheme in TLS_SCHEMES
     if (found := UNKNOWN_SCHEME.match(target)) and not (NAMED_RESOLVERS.match(target) or OTHER_RESOLVERS.match(target)):
         known = ", ".join([*PLAIN_SCHEMES[::-1], *TLS_SCHEMES[::-1], "unix:"])
-        text = f"has the scheme {found.group()!r}, which is not known: host:port needs none; known are {known}"
+        text = f"has the scheme {found.group(1)!r}, which is not known: host:port needs none; known are {known}"
         raise TargetError(f"the target {target!r} {text}")
     return target.rstrip("/"), False
 

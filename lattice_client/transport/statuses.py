@@ -37,9 +37,12 @@ CLASSES: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
 }
-# The texts by which gRPC reports that client and server did not agree on TLS. A server that requires TLS or a client
-# certificate closes the connection without a reason when it gets none.
-HANDSHAKES = {
+# The texts by which gRPC reports that a name has no address, that no packet gets there, or that client and server did
+# not agree on TLS. A server that requires TLS or a client certificate closes the connection without a reason when it
+# gets none.
+ADVICE = {
+    "errors? resolving|DNS resolution failed": "the host has no address: check its name, and this machine's DNS",
+    "Network is unreachable|No route to host": "no route leads to the host: check its address, and the network",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority trusted here: "
     "set LATTICE_TLS_CA, or `tls_ca`, to the one that signed it",
     "Hostname Verification Check failed": "the server's certificate is for another name: dial a name that is in it",
@@ -96,7 +99,7 @@ def _advice(error: grpc.aio.AioRpcError, text: str) -> str:
         case grpc.StatusCode.UNAUTHENTICATED:
             return "set LATTICE_TOKEN, or `token`, to the server's token"
         case grpc.StatusCode.UNAVAILABLE if _is_local(error):
-            return next((advice for sign, advice in HANDSHAKES.items() if re.search(sign, text)), "")
+            return next((advice for sign, advice in ADVICE.items() if re.search(sign, text)), "")
         case grpc.StatusCode.UNIMPLEMENTED:
             return "the target is not a Lattice server, or one of another version: check the target"
         case _:

@@ -1,4 +1,4 @@
-"""Reports about leases: starts, spawned tasks and ends.
+"""Reports about leases: spawned tasks and ends.
 
 Rule: a lease ends in one report for each of its attempts, or in one that returns it, and then `on_ended` is called.
 """
@@ -21,8 +21,6 @@ from lattice_worker.pool.invocation import failed
 from lattice_worker.session.limits import Limits
 from lattice_worker.store.local_store import LocalStore
 
-# A start is reported late, so that a short attempt needs one message instead of two.
-START_DELAY_S = 0.002
 # Answers of so many values, or so many bytes, are converted away from the event loop.
 LARGE_ANSWER_BLOBS = 500
 LARGE_ANSWER_BYTES = 1024 * 1024
@@ -39,33 +37,14 @@ class AttemptReports:
         on_ended: Callable[[str, convert.Outputs | None], None],
     ) -> None:
         self._local_store, self._limits = local_store, limits
-        self._emit, self._on_ended = output.report, on_ended
-        self.log = output.log
-        self._unreported: dict[str, int] = {}  # Starts, in nanoseconds since the epoch.
-        self._start_timer: asyncio.TimerHandle | None = None
+        self._output, self._emit, self._on_ended = output, output.report, on_ended
+        self.start, self.log = output.start, output.log
         self._converting: set[asyncio.Task[None]] = set()
 
     @property
     def is_idle(self) -> bool:
         """Whether no report is still to be made."""
-        return not self._unreported and not self._converting
-
-    def start(self, lease_id: str) -> None:
-        """Report the start of a lease, unless it ends within `START_DELAY_S`."""
-        self._unreported[lease_id] = time.time_ns()
-        if self._start_timer is None:
-            self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._report_starts)
-
-    def _report_starts(self) -> None:
-        self._start_timer = None
-        starts, self._unreported = self._unreported, {}
-        for lease_id, started_ns in starts.items():
-            self._report_start(lease_id, started_ns)
-
-    def _report_start(self, lease_id: str, started_ns: int) -> None:
-        report = convert.report(lease_id, started_ns)
-        report.started.SetInParent()
-        self._emit(report)
+        return not self._output.has_starts and not self._converting
 
     def access(self, lease_id: str, access: dict[str, Any], *, is_final: bool = False) -> None:
         """Report the accesses of a sandbox to a server: the first of them, or all of them."""
@@ -98,9 +77,7 @@ class AttemptReports:
 
     def give_back(self, lease_id: str, reason: str) -> None:
         """Return a lease that started and did not end by itself."""
-        if (started_ns := self._unreported.pop(lease_id, None)) is not None:
-            # With its start reported, its attempts cannot have the same numbers again.
-            self._report_start(lease_id, started_ns)
+        # Its start is reported before, so its attempts cannot have the same numbers again.
         self._emit(convert.returned(lease_id, reason))
         self._on_ended(lease_id, None)
 
@@ -115,7 +92,7 @@ class AttemptReports:
         if connection is not None:
             self._keep(assignment, answer, self._end_connected(assignment, answer, blobs, connection))
             return
-        self._unreported.pop(assignment.lease_id, None)
+        self._output.end(assignment.lease_id)
         size, limit_bytes = len(assignment.attempts), self._limits.message_bytes
         level = convert.produced_at(assignment)
         asked = (assignment.lease_id, answer, blobs, self._local_store.name, size, limit_bytes, level)

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from lattice_client import LatticeClient, Run
 from lattice_client.cli import groups
 from lattice_client.cli.main import main
+from lattice_server.flags import OF_HEAD, OF_WORKER
 from tests.client.shell import WAIT_S, call, ended, fail, greet, terminal
 from tests.commands import LATTICE
 
@@ -179,6 +180,37 @@ def test_a_machine_must_be_told_the_port_of_its_server(address: str, text: str) 
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: {text}")
 
 
+@pytest.mark.parametrize("option", ["--addr 127.0.0.1:50052", "--node-id x", "--drain-deadline 3"])
+def test_the_server_refuses_options_of_a_machine_that_joins(option: str) -> None:
+    done = CliRunner().invoke(main, ["start", "--head", *option.split()])
+    text = f"Error: {option.split(maxsplit=1)[0]} belongs to --worker, and has no effect with --head: leave it out"
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
+
+
+@pytest.mark.parametrize("option", ["--port 1", "--journal memory", "--executor local", "--metrics none"])
+def test_a_machine_that_joins_refuses_options_of_the_server(address: str, option: str) -> None:
+    done = call(address, "start", "--worker", *option.split())
+    text = f"Error: {option.split(maxsplit=1)[0]} belongs to --head, and has no effect with --worker: leave it out"
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
+
+
+def test_a_deadline_that_no_message_can_carry_is_refused() -> None:
+    done = CliRunner().invoke(main, ["nodes", "drain", "local", "--deadline", "1e300"])
+    assert done.exit_code == 2
+    assert "is not in the range 0<=x<=2592000" in done.stderr
+
+
+@pytest.mark.parametrize("label", ["zone", "=eu", ""])
+def test_a_label_has_a_name_and_a_value(label: str) -> None:
+    done = CliRunner().invoke(main, ["start", "--worker", "--addr", NOBODY, "--label", label])
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: a label is NAME=VALUE, not {label!r}")
+
+
+def test_options_of_one_role_are_options_of_the_command() -> None:
+    (start,) = [entry.load() for entry in entry_points(group="lattice.commands", name="start")]
+    assert {option.name for option in start.params} >= OF_HEAD | OF_WORKER
+
+
 def run_script(folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     script = folder / "script.py"
     script.write_text(code)
@@ -219,3 +251,18 @@ def test_a_script_fails_as_it_would_with_python(tmp_path: Path, code: str) -> No
 def test_help_has_a_short_option(command: list[str]) -> None:
     short, long = (CliRunner().invoke(main, [*command, option]) for option in ("-h", "--help"))
     assert (short.exit_code, short.stdout) == (0, long.stdout)
+
+
+@pytest.mark.parametrize("typed", ["staus", "strat", "jornal"])
+def test_a_command_that_is_mistyped_is_answered_with_similar_ones(typed: str) -> None:
+    meant = {"staus": "status", "strat": "start", "jornal": "journal"}[typed]
+    done = CliRunner().invoke(main, [typed])
+    assert done.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean" in done.stderr
+    assert f"'{meant}'" in done.stderr
+
+
+def test_an_empty_address_is_refused() -> None:
+    done = CliRunner().invoke(main, ["status", "--addr", ""])
+    assert done.exit_code == 2
+    assert "'--addr': it is empty" in done.stderr

@@ -133,6 +133,23 @@ def test_unreachable_server_is_named_with_the_cause_and_advice(details: str) -> 
     assert str(statuses.from_rpc(failed, "host:1")) == f"{text} the address"
 
 
+@pytest.mark.parametrize(
+    ("details", "advice"),
+    [
+        ("errors resolving a.example:1: [field:hostname lookup error:no answer]", "its name"),
+        ("DNS resolution failed for a.example:1: C-ares status is not ARES_SUCCESS", "its name"),
+        ("last error: UNKNOWN: getsockopt(SO_ERROR): No route to host", "no route leads to the host"),
+        ("last error: ipv4:10.9.9.9:1: connect failed: error: Network is unreachable", "no route leads to the host"),
+    ],
+)
+def test_a_host_that_cannot_be_reached_is_no_reason_to_start_a_server(details: str, advice: str) -> None:
+    failed = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+    found = statuses.from_rpc(failed, "host:1")
+    assert advice in found.advice
+    assert str(found).endswith(found.advice)
+    assert statuses.START not in str(found)
+
+
 def test_call_raises_unavailable_when_no_server_listens() -> None:
     with LatticeClient("127.0.0.1:1") as nobody, pytest.raises(UnavailableError):
         nobody.server_info()

@@ -274,6 +274,7 @@ def test_doctor_checks_certificate_and_token(tmp_path: Path, monkeypatch: pytest
         found = findings(LATTICE_TLS_CA=str(files.ca))
         assert found["certificate"]["status"] in {"ok", "warning"}
         assert "LATTICE_TOKEN" in found["answer"]["advice"]
+        assert found["answer"]["advice"] not in found["answer"]["found"]
         assert findings(LATTICE_TOKEN="wrong")["answer"]["status"] == "error"
         assert findings(LATTICE_TOKEN="right")["answer"]["status"] == "ok"
         found = findings(LATTICE_TLS_CA=str(files.stranger_ca))

@@ -1,6 +1,7 @@
 """`lattice runs show`, `logs` and `timeline`, against a real server, for people, in a pipe and for programs."""
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import grpc
 import pytest
 from lattice.v1 import results_pb2, results_pb2_grpc
 
-from lattice_client import LatticeClient, Run, task
+from lattice_client import LatticeClient, Run, TaskFailedError, task
 from tests.client.shell import WAIT_S, at_terminal, call, ended, fail, greet, terminal
 from tests.client.test_timeline_files import check_trace
 
@@ -47,6 +48,18 @@ def speak(number: int) -> int:
 @task(cpu=2)
 def wide() -> None:
     pass
+
+
+@task(retries=1, retry_backoff=0)
+def picky(number: int) -> int:
+    if number == 2:
+        raise ValueError("two")
+    return number
+
+
+@task
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
 
 
 def cells(text: str) -> list[list[str]]:
@@ -160,6 +173,19 @@ def test_show_names_the_line_of_code_that_failed(address: str, client: LatticeCl
     shown = call(address, "runs", "show", ended(client, fail, {"name": "x"})).stdout
     assert "\n  fail: attempt 1 on node local\n    USER_ERROR: LookupError: nothing [bold]there[/bold]\n" in shown
     assert ', in fail: raise LookupError("nothing [bold]there[/bold]")\n' in shown
+
+
+def test_show_names_the_item_that_failed_in_place_of_its_map(address: str, client: LatticeClient) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    mapped = workflow.map(picky, workflow.add_task(numbers).output)
+    workflow.add_task(picky, {"number": 3}, task_id="three")
+    workflow.add_task(total, {"numbers": mapped.output})
+    run = workflow.run()
+    with pytest.raises(TaskFailedError):
+        run.result(timeout=WAIT_S)
+    shown = call(address, "runs", "show", run).stdout
+    assert re.findall(r"^  (\S+: attempt \d+) on node \S+$", shown, re.MULTILINE) == ["picky[1]: attempt 2"]
+    assert f"lattice runs show {run}" not in shown
 
 
 def test_show_explains_why_tasks_wait(address: str, client: LatticeClient, waiting: Run) -> None:

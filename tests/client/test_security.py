@@ -108,6 +108,7 @@ def test_address_may_be_on_another_machine_when_it_is_not_loopback(address: str)
         ("http://127.0.0.1/path:50051", "neither a name"),
         ("${HOST}:50051", "neither a name"),
         ("", "is no address"),
+        ("ftp://127.0.0.1:1", "has the scheme 'ftp', which is not known"),
     ],
 )
 def test_target_is_refused_when_it_is_not_an_address(target: str, what: str) -> None:

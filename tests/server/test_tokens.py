@@ -189,6 +189,8 @@ def test_entry_is_printed_to_stderr_when_no_file_is_given(tmp_path: Path) -> Non
         (["--subject", "x\ny", "--scope", "read"], "--subject must have"),
         (["--subject", "x", "--scope", "read", "--expires", "soon"], "--expires 'soon'"),
         (["--subject", "x", "--scope", "read", "--expires", "2027-01-31T00:00:00"], "with its offset"),
+        (["--subject", "x", "--scope", "read", "--expires", "2026-01-31T00:00:00Z"], "is not in the future"),
+        (["--subject", "x", "--scope", "read", "--expires", "0d"], "is not in the future"),
         (["--subject", "x", "--scope", "read", "--tokens-file", "/nowhere/tokens.toml"], "/nowhere/tokens.toml: "),
     ],
 )

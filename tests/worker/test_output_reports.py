@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -146,3 +147,39 @@ class TestWithWorker:
             assert LIMIT_BYTES - 300 < len(both.stream.logs("a")) < LIMIT_BYTES + 100
 
         worker.play(scenario)
+
+
+@pytest.mark.parametrize("first", ["output", "report", "end with output", "nothing"])
+def test_a_start_is_reported_with_its_time_before_anything_else_of_its_lease(first: str) -> None:
+    async def scenario() -> list[worker_pb2.Report]:
+        reports: list[worker_pb2.Report] = []
+        output = OutputReports(reports.append)
+        before_ns = time.time_ns()
+        output.start("a")
+        after_ns = time.time_ns()
+        if first == "report":
+            output.report(convert.report("a", 1))
+        elif first != "nothing":
+            output.log("a", "stdout", "text", False)
+        if first == "end with output":
+            output.end("a")
+        await asyncio.sleep(0.02)
+        assert before_ns <= reports[0].time.ToNanoseconds() <= after_ns
+        assert not output.has_starts
+        return reports
+
+    facts = [report.WhichOneof("fact") for report in asyncio.run(scenario())]
+    assert facts == ["started", *{"report": [None], "nothing": []}.get(first, ["log"])]
+
+
+def test_a_start_is_not_reported_when_the_end_follows_at_once() -> None:
+    async def scenario() -> None:
+        reports: list[worker_pb2.Report] = []
+        output = OutputReports(reports.append)
+        output.start("a")
+        output.end("a")
+        assert not output.has_starts
+        await asyncio.sleep(0.02)
+        assert not reports
+
+    asyncio.run(scenario())

@@ -49,15 +49,15 @@ class LeaseReports:
         if lease.started_at is not None:
             return
         lease.move(LeaseState.STARTED)
-        started_at = lease.time_of(at, now)
-        lease.started_at = now if started_at is None else started_at
+        told_at = lease.time_of(at, now)
+        lease.started_at = now if told_at is None else told_at
         node = self._registry.nodes[lease.slot.node_id]
         where = (node.node_id, node.spec.node_ip, lease.slot.gpu_indices)
         for item, task in enumerate(lease.tasks):
             if item not in lease.ended:
                 # A task with a predecessor is never queued.
                 times = (task.waiting_since or lease.sent_at, lease.sent_at)
-                self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item, *times))
+                self._emit(TaskStarted(*task.named, *where, lease.started_at, lease.lease_id, item, *times))
 
     def end_member(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease has ended; with the last one the lease is released."""

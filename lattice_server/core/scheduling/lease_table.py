@@ -51,9 +51,10 @@ class Lease:
     def time_of(self, at: float | None, now: float) -> float | None:
         """Return the time of an event of the lease that is reported `now`, limited to when its worker had the lease.
 
-        None means now.
+        None means now. Nothing happens in a lease before its start, which may have been noted by its time of receipt.
         """
-        return None if at is None else min(max(at, self.sent_at), now)
+        earliest = self.sent_at if self.started_at is None else self.started_at
+        return None if at is None else min(max(at, earliest), now)
 
     def members(self) -> list[Task]:
         """Return the members that have not ended."""

@@ -2,7 +2,14 @@
 
 import pytest
 
-from lattice_server.core.messages import AttemptFailed, AttemptStarted, AttemptSucceeded, TaskFailed, TaskStarted
+from lattice_server.core.messages import (
+    AttemptFailed,
+    AttemptLogged,
+    AttemptStarted,
+    AttemptSucceeded,
+    TaskFailed,
+    TaskStarted,
+)
 from lattice_server.core.messages import TaskSucceeded as Succeeded
 from tests.server.core.graphs import VALUE
 from tests.server.core.scenes import BROKEN, Scene, node, ready
@@ -23,11 +30,22 @@ def times(found: Scene, kind: type) -> list[float | None]:
     return [effect.at for effect in found.effects if isinstance(effect, kind)]
 
 
-@pytest.mark.parametrize(("told", "true"), [(3.0, SENT_AT), (12.0, 12.0), (99.0, TOLD_AT), (None, None)])
+@pytest.mark.parametrize(("told", "true"), [(3.0, SENT_AT), (12.0, 12.0), (99.0, TOLD_AT), (None, TOLD_AT)])
 def test_a_start_is_when_the_worker_says_but_not_before_the_lease_was_sent(told: float, true: float) -> None:
     found, named = scene()
     found.tell(AttemptStarted(*named, told), at=TOLD_AT)
     assert times(found, TaskStarted) == [true]
+
+
+def test_an_attempt_ends_no_earlier_than_the_start_that_its_output_implies() -> None:
+    for end in (
+        lambda named: AttemptSucceeded(*named, {"out": VALUE}, 1.5, at=13.0),
+        lambda named: AttemptFailed(*named, BROKEN, 1.5, at=13.0),
+    ):
+        found, named = scene()
+        found.tell(AttemptLogged(*named, False, "text", False), end(named), at=TOLD_AT)
+        assert times(found, TaskStarted) == [TOLD_AT]
+        assert times(found, Succeeded) + times(found, TaskFailed) == [TOLD_AT]
 
 
 def test_start_of_an_attempt_is_computed_from_its_end_when_it_was_not_reported() -> None:

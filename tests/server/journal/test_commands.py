@@ -373,6 +373,14 @@ def test_export_has_the_runs_that_are_named(tmp_path: Path) -> None:
     assert [line["run"] for line in lines if line["kind"] == "run"] == [3, 1]
 
 
+def test_export_fails_when_there_is_no_run_of_a_given_id(tmp_path: Path) -> None:
+    fill(tmp_path / "journal", *real(1))
+    result = lattice("export", tmp_path / "journal", "--run", "run-1", "--run", "run-9")
+    assert result.exit_code == 1
+    assert result.stderr == 'Error: the journal has no run "run-9"\n'
+    assert json.loads(result.stdout.partition("\n")[0])["kind"] == "run"
+
+
 @pytest.mark.parametrize(
     "sql", ["UPDATE events SET body = x'00' WHERE run = 1", "DELETE FROM code WHERE digest = 'sha256:f'"]
 )

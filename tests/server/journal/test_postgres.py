@@ -120,7 +120,10 @@ def test_commands_read_a_journal_that_no_server_has(postgres_server: PostgresSer
     listening = Listening()
     journal = open_postgres(listening, PostgresSettings(url))
     store(journal, listening, *real(1), *real(2))
-    assert "another server" in lattice("check", url).output
+    refused = lattice("check", url).output
+    assert "another server" in refused
+    assert "pg_dump" in refused
+    assert "lattice journal backup" not in refused
     assert "pg_dump" in lattice("backup", url, "copy").output
     journal.close()
     assert "2 runs, of which 0 have not ended; 2 events; 0 workflows: no damage" in lattice("check", url).output
