@@ -30,7 +30,7 @@ from lattice_client import LangGraphClient, LatticeClient, RequestError, RunCanc
 from lattice_client.runs.open_run import AsyncOpenRun
 from tests.e2e.graphs import control, reaching
 from tests.e2e.graphs.control import QuotaError
-from tests.e2e.rooms import Room, enter, note
+from tests.e2e.rooms import WAIT_S, Room, enter, note
 
 
 class State(TypedDict):
@@ -278,6 +278,34 @@ def test_another_process_resumes_an_interrupted_graph(local: str, tmp_path: Path
     command = [sys.executable, "-c", RESUMES, local, path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "['yes']"
+
+
+FORKS = """
+import asyncio, os, signal, sys
+from lattice_client import ForkError, LangGraphClient
+from tests.e2e.graphs import control
+
+lattice = LangGraphClient(sys.argv[1])
+app, first = lattice.compile(control.graph_of(control.first)), lattice.task(control.first)
+app.invoke({"words": []})
+if (child := os.fork()) == 0:
+    signal.alarm(20)  # ends a child that waits
+    calls = [app.invoke, lambda given: asyncio.run(app.ainvoke(given)), first]
+    refused = 0
+    for call in calls:
+        try:
+            call({"words": []})
+        except ForkError:
+            refused += 1
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), app.invoke({"words": []})["words"])
+"""
+
+
+def test_a_forked_process_raises_instead_of_waiting(local: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, local]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
+    assert done.stdout == "3 ['first']\n"
 
 
 def test_generator_functions_can_be_wrapped(local: str) -> None:
