@@ -37,7 +37,21 @@ class Caller(Protocol):
         """Ask without waiting."""
 
 
-class StoreProxy(BaseStore):
+class _Standing:
+    """The attributes that a stand-in does not have."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        own = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name.startswith("_"):
+            raise AttributeError(own)
+        bases = ", ".join(base.__name__ for base in type(self).__bases__ if base is not _Standing)
+        text = f"in a node that runs on Lattice this object has the methods of {bases} only"
+        raise AttributeError(f"{own}: {text}; name the node in local=[...] to run it here")
+
+
+class StoreProxy(_Standing, BaseStore):
     """A store: all methods of a store are batches of operations."""
 
     __slots__ = ("_caller", "supports_ttl", "ttl_config")
@@ -79,7 +93,7 @@ def _asking_async(name: str) -> Callable[..., Any]:
     return method
 
 
-class SaverProxy(BaseCheckpointSaver[Any]):
+class SaverProxy(_Standing, BaseCheckpointSaver[Any]):
     """A checkpointer, for graphs that a node runs itself."""
 
     def __init__(self, caller: Caller, next_version: Any) -> None:
@@ -113,7 +127,7 @@ for _name in ("get_tuple", "put", "put_writes", "delete_thread", "copy_thread", 
 setattr(SaverProxy, "__abstractmethods__", frozenset())  # noqa: B010  # mypy does not know the attribute
 
 
-class CacheProxy(BaseCache[Any]):
+class CacheProxy(_Standing, BaseCache[Any]):
     """A cache, for graphs that a node runs itself."""
 
     def __init__(self, caller: Caller, _data: Any) -> None:

@@ -21,6 +21,7 @@ from lattice_client.langgraph.invocation import Invocation, current
 from lattice_client.langgraph.loop import CANCEL_S, Loop
 from lattice_client.langgraph.reductions import STUB, is_in_attempt
 from lattice_client.sync import LatticeClient
+from lattice_client.transport import forks
 
 # Each invocation of an entrypoint may define new `@task` functions.
 MAX_TASKS = 1024
@@ -51,7 +52,8 @@ class Runner:
         self._stub_of_task = functools.lru_cache(MAX_TASKS)(self._new_task_stub)
 
     def invocation(self, name: str) -> Invocation:
-        """Return the invocation of a graph, whose run is opened by its first call."""
+        """Return the invocation of a graph, whose run is opened by its first call. Raises ForkError."""
+        forks.check_process()  # The thread of the loop does not exist in a forked process.
         return Invocation(self._client.aio, self._loop, name, cancel_on_disconnect=self._cancel_on_disconnect)
 
     def definition(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -30,7 +30,7 @@ from lattice_client import LangGraphClient, LatticeClient, RequestError, RunCanc
 from lattice_client.runs.open_run import AsyncOpenRun
 from tests.e2e.graphs import control, reaching
 from tests.e2e.graphs.control import QuotaError
-from tests.e2e.rooms import Room, enter, note
+from tests.e2e.rooms import WAIT_S, Room, enter, note
 
 
 class State(TypedDict):
@@ -278,6 +278,72 @@ def test_another_process_resumes_an_interrupted_graph(local: str, tmp_path: Path
     command = [sys.executable, "-c", RESUMES, local, path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "['yes']"
+
+
+FORKS = """
+import asyncio, os, signal, sys
+from lattice_client import ForkError, LangGraphClient
+from tests.e2e.graphs import control
+
+lattice = LangGraphClient(sys.argv[1])
+app, first = lattice.compile(control.graph_of(control.first)), lattice.task(control.first)
+app.invoke({"words": []})
+if (child := os.fork()) == 0:
+    signal.alarm(20)  # ends a child that waits
+    calls = [app.invoke, lambda given: asyncio.run(app.ainvoke(given)), first]
+    refused = 0
+    for call in calls:
+        try:
+            call({"words": []})
+        except ForkError:
+            refused += 1
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), app.invoke({"words": []})["words"])
+"""
+
+
+def test_a_forked_process_raises_instead_of_waiting(local: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, local]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
+    assert done.stdout == "3 ['first']\n"
+
+
+def test_generator_functions_can_be_wrapped(local: str) -> None:
+    lattice = LangGraphClient(local)
+
+    @lattice.task
+    def counts(number: int) -> Iterator[int]:
+        yield from range(number)
+
+    @lattice.task
+    async def yields(state: State) -> AsyncIterator[dict[str, Any]]:
+        yield {"words": ["a"]}
+        yield {"words": ["b"]}
+
+    def takes(state: State) -> dict[str, Any]:
+        return {"words": list(counts(2))}
+
+    assert list(counts(3)) == [0, 1, 2]
+    graph = graph_of(yields, takes)
+    graph.add_edge(START, "yields")
+    graph.add_edge("yields", "takes")
+    compiled = lattice.compile(graph)
+    found, plain = asyncio.run(compiled.ainvoke(given())), asyncio.run(graph.compile().ainvoke(given()))
+    assert found["words"] == plain["words"] == ["b", 0, 1]
+
+
+def test_a_method_that_only_the_own_store_has_is_refused_with_advice(local: str) -> None:
+    class Store(InMemoryStore):
+        def count(self) -> int:
+            return 0
+
+    def counts(state: State, store: BaseStore) -> dict[str, Any]:
+        return {"words": [store.count()]}  # type: ignore[attr-defined]
+
+    graph = graph_of(counts)
+    graph.add_edge(START, "counts")
+    with pytest.raises(AttributeError, match=r"'count': .* the methods of BaseStore only; name the node in local="):
+        LangGraphClient(local).compile(graph, store=Store()).invoke(given())
 
 
 def test_tools_runnables_and_graphs_can_be_wrapped(local: str) -> None:
