@@ -23,9 +23,9 @@ FIRST = (
     "tests/e2e/test_transformers.py",
     "tests/e2e/test_cluster.py",
     "tests/e2e/test_security.py",
-    "tests/worker/test_attempt_executor.py",
-    "tests/worker/test_frames.py",
     "tests/e2e/test_examples.py",
+    "tests/e2e/test_failures.py",
+    "tests/e2e/test_processes.py",
 )
 
 

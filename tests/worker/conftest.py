@@ -1,4 +1,4 @@
-"""A worker that the tests of a module share."""
+"""A worker that the tests of this package share."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from tests.worker.shared import SharedWorker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
     """A worker of two CPUs for scenarios that do not depend on a new one."""
     shared = SharedWorker(tmp_path_factory.mktemp("worker"))

@@ -1,4 +1,4 @@
-"""One worker for the tests of a module, since a start takes a second of processor time.
+"""One worker for several tests, since a start takes a second of processor time.
 
 Rule: each scenario has a session of its own, which begins without leases and artifacts of another one.
 """
