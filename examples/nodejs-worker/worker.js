@@ -216,6 +216,9 @@ function flags() {
       "give-up": { ...text, default: "60" },
     },
   });
+  for (const name of ["num-cpus", "drain-deadline", "give-up"]) {
+    if (!(Number(values[name]) >= 0)) throw new Error(`--${name} must be a number from 0, not '${values[name]}'`);
+  }
   const cpu = Number(values["num-cpus"]);
   return {
     target: values.addr,
@@ -229,7 +232,19 @@ function flags() {
   };
 }
 
-const config = flags();
+/** Return the flags, after trying that the server may be dialled with them; wrong ones end the program with one line. */
+function checkedFlags() {
+  try {
+    const given = flags();
+    open(given.target).close();
+    return given;
+  } catch (error) {
+    console.error(`this worker cannot start: ${error.message}`);
+    process.exit(2);
+  }
+}
+
+const config = checkedFlags();
 const { default: registry } = await import(pathToFileURL(config.functions));
 const worker = new Worker(config, registry);
 let isLeaving = false;

@@ -4,6 +4,7 @@ A message of an open stream costs a fraction of a call. Every request names its 
 repeat a request that the stream may have sent.
 """
 
+import asyncio
 import itertools
 import sys
 import threading
@@ -147,6 +148,7 @@ class _Stream:
         self._numbers = itertools.count(1)
         self.waiting: dict[int, Mailbox[Response | None]] = {}
         self.is_broken = False
+        self._is_abandoned = False
 
     def send(self, request: Request, box: Mailbox[Response | None], *, is_alone: bool) -> Execution:
         """Send a request, whose answers are put into a mailbox, or None when the stream breaks."""
@@ -160,6 +162,7 @@ class _Stream:
 
     def abandon(self) -> None:
         """Cancel the stream. May be called from any thread, and by a finalizer."""
+        self._is_abandoned = True
         self._call.abandon()
 
     async def _step(self) -> bool:
@@ -168,6 +171,12 @@ class _Stream:
             response = await self._call.read()
         except (errors.RequestError, errors.ClientClosedError):
             response = None  # Calls will tell.
+        except asyncio.CancelledError:
+            self._break()
+            # gRPC raises it in the reader of a stream that was cancelled here.
+            if not self._is_abandoned:
+                raise
+            return False
         except BaseException:
             self._break()
             raise

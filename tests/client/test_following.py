@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import subprocess
 import sys
@@ -303,6 +304,23 @@ def test_cancelled_coroutine_has_a_note_that_the_run_continues(
     note = f"run '{run}' continues; `lattice runs cancel {run}` would end it"
     assert getattr(error, "__notes__", []) == ([] if is_tied else [note])
     assert "".join(traceback.format_exception(error)).count("/lattice_client/") <= 2
+
+
+def test_a_run_that_its_caller_drops_leaves_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def drop(address: str) -> None:
+        async with AsyncLatticeClient(address) as client:
+            workflow = client.create_workflow()
+            workflow.add_task(lambda: 1)
+            run = await workflow.run(cancel_on_disconnect=0.01)
+            run_id = run.run_id
+            del run
+            gc.collect()
+            with pytest.raises(errors.RunCancelledError):
+                await (await client.get_run(run_id)).result()
+
+    with serving_aside(NoWorkers()) as address:
+        asyncio.run(drop(address))
+    assert not [record for record in caplog.records if record.name.startswith("lattice_client")]
 
 
 def test_watch_names_the_address_when_no_server_answers_at_first() -> None:

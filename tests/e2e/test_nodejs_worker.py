@@ -349,6 +349,25 @@ def test_a_worker_ends_when_there_is_no_server() -> None:
 
 
 @pytest.mark.usefixtures("address")
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--adr", "x"], "Unknown option '--adr'"),
+        (["--addr"], "argument missing"),
+        (["--addr", "example.test:1"], "example.test:1 is beyond this machine: set LATTICE_TOKEN"),
+        (["--num-cpus", "many"], "--num-cpus must be a number from 0, not 'many'"),
+    ],
+)
+def test_a_worker_with_wrong_flags_ends_with_one_line(flags: list[str], text: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
+    command = ["node", str(EXAMPLE / "worker.js"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("address")
 def test_a_worker_without_leases_leaves_when_the_server_is_unreachable() -> None:
     command = ["node", str(EXAMPLE / "worker.js"), "--addr", unused_address(), "--give-up", "1000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
