@@ -196,7 +196,7 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
 def _default_journal(port: int) -> str:
     """Return the journal of a server that is started without `--journal`. Raises click.ClickException."""
     if port == 0:
-        return "memory"  # Nobody finds such a server again after a restart.
+        return "memory"  # After a restart it has another port, which no client knows.
     try:
         folder = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
     except RuntimeError as error:

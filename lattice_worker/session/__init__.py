@@ -1,1 +1,1 @@
-"""What one stream to the server needs: the machine of the leases, and the messages that are due or unacknowledged."""
+"""One session with the server: the machine of its leases, and the messages that are due or unacknowledged."""

@@ -121,7 +121,7 @@ def test_every_publication_is_delivered_however_it_meets_the_last_one() -> None:
     play(scenario)
 
 
-def test_who_waits_for_the_scheduler_is_called_once_it_took_the_events_however_the_two_meet() -> None:
+def test_callback_is_called_once_the_scheduler_has_taken_the_events() -> None:
     async def scenario(bus: MessageBus) -> None:
         loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
 
@@ -140,7 +140,7 @@ def test_who_waits_for_the_scheduler_is_called_once_it_took_the_events_however_t
     play(scenario)
 
 
-def test_who_waits_for_a_scheduler_with_nothing_to_take_is_called_at_once() -> None:
+def test_callback_is_called_at_once_without_posted_events() -> None:
     async def scenario(bus: MessageBus) -> None:
         called = asyncio.Event()
         bus.call_when_taken(called.set)
