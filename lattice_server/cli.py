@@ -240,10 +240,10 @@ def _serve(config: ServerConfig) -> None:
         noted.append(f"head-{address.rpartition(':')[2]}")
         pidfile.note(noted[0])
         click.echo(f"Lattice is listening on {address}")
-        if config.journal.startswith("/"):
-            click.echo(f"Runs are recorded in {config.journal}")
         if metrics_url:
             click.echo(f"Prometheus can read the metrics at {metrics_url}")
+        if config.journal.startswith("/"):
+            click.echo(f"Runs are recorded in {config.journal}")
 
     try:
         uvloop.run(serve(config, announce))

@@ -50,6 +50,7 @@ def _own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
         patch.setenv("XDG_RUNTIME_DIR", str(own / leftovers.RUN))
+        patch.setenv("XDG_DATA_HOME", str(own / leftovers.RUN))
         yield own
         left = leftovers.left(own)
     assert not left, f"the tests of this process left {left}"

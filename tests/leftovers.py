@@ -15,7 +15,7 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIXES = ("lattice-head-", "lattice-worker-", "lattice-ray-", "lattice-node-", "lattice-containers-")
-RUN = "run"  # The folder for the pid files of servers and workers.
+RUN = "run"  # The folder for the pid files of servers and workers, and for the journals of servers without the flag.
 # The folder of a user's Ray, which does not delete its logs, and those of `multiprocessing` in tasks: their processes
 # are killed when their worker ends.
 OTHERS = ("ray", "pymp-")

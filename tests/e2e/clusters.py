@@ -33,7 +33,7 @@ class Cluster:
 
     def start_head(self, *flags: str) -> None:
         """Start the head and wait until it serves. It offers nothing to run on unless `flags` say so."""
-        command = ["--head", "--host", self.head.address, "--executor", self.executor]
+        command = ["--head", "--host", self.head.address, "--executor", self.executor, "--journal", "memory"]
         command += ["--tls-cert", str(self._files.cert), "--tls-key", str(self._files.key)]
         command += flags or ("--num-cpus", "0")
         self.close()

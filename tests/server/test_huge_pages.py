@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import lattice_server
 import lattice_worker
 from lattice_server import huge_pages
 
@@ -15,8 +14,8 @@ USES = """
 import mmap
 from pathlib import Path
 
-import {package}
-from {package}.huge_pages import use_huge_pages
+import {module}
+from {module} import use_huge_pages
 
 def number(name, text):
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(name))
@@ -39,9 +38,9 @@ def kernel() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", release)[:2])
 
 
-@pytest.mark.parametrize("package", ["lattice_server", "lattice_worker"])
-def test_used_memory_is_moved_and_unused_memory_is_not_taken(package: str) -> None:
-    command = [sys.executable, "-c", USES.format(package=package)]
+@pytest.mark.parametrize("module", ["lattice_server.huge_pages", "lattice_worker.machine.huge_pages"])
+def test_used_memory_is_moved_and_unused_memory_is_not_taken(module: str) -> None:
+    command = [sys.executable, "-c", USES.format(module=module)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     moved, again, huge, grown = map(int, done.stdout.split())
     if not huge_pages._is_allowed() or kernel() < (6, 1):
@@ -64,7 +63,5 @@ def test_a_machine_without_huge_pages_is_left_alone(tmp_path: Path, monkeypatch:
 
 def test_both_packages_do_the_same() -> None:
     """They share the contract only."""
-    one, other = (
-        Path(str(package.__file__)).with_name("huge_pages.py") for package in (lattice_server, lattice_worker)
-    )
-    assert one.read_text() == other.read_text()
+    of_worker = Path(lattice_worker.__path__[0]) / "machine" / "huge_pages.py"
+    assert Path(huge_pages.__file__).read_text() == of_worker.read_text()
