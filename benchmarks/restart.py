@@ -72,7 +72,7 @@ class Head:
             port = free.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
         flags = ["--port", str(port), "--executor", "local", "--num-cpus", str(cpus)]
-        recorded = [] if journal is None else ["--journal", str(journal)]
+        recorded = ["--journal", "memory" if journal is None else str(journal)]
         self._command = [sys.executable, "-m", "lattice_server", "start", "--head", *flags, *recorded]
         self.process: subprocess.Popen[bytes] | None = None
 
