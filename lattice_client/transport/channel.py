@@ -56,7 +56,8 @@ OPTIONS = [
     # gRPC does not repeat larger requests; its default is smaller than the code of many graphs.
     ("grpc.per_rpc_retry_buffer_size", RETRY_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
-    # By default gRPC reconnects to a server that was away for a while only every two minutes.
+    # By default gRPC dials a server that was restarted again after a second, and later only every two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
