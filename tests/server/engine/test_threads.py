@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from lattice_server.engine.scheduler_thread import SchedulerThread
 from tests.server.core.graphs import hello, task
 
 TIMEOUT_S = 60.0
+SOON_S = 10.0
 
 
 def event(number: int) -> WorkerDetached:
@@ -136,6 +139,51 @@ def test_callback_is_called_once_the_scheduler_has_taken_the_events() -> None:
                 bus.call_when_taken(lambda: called.set_result((threading.get_ident(), bool(bus._batches))))  # noqa: B023
                 assert await called == (loop_thread, False)
             bus.close()
+
+    play(scenario)
+
+
+def test_callback_is_called_when_the_scheduler_took_the_events_and_fell_asleep_meanwhile() -> None:
+    class Wakes:
+        """Notes that the scheduler's thread sleeps."""
+
+        def __init__(self) -> None:
+            self._wakes: SimpleQueue[None] = SimpleQueue()
+            self.put, self.is_asleep = self._wakes.put, threading.Event()
+
+        def get(self, timeout: float | None) -> None:
+            if self._wakes.empty():
+                self.is_asleep.set()
+            return self._wakes.get(timeout=timeout)
+
+    class Batches(deque[Any]):
+        """Adds a callback late, when the thread has taken all that was before it."""
+
+        def append(self, item: Any) -> None:
+            if callable(item):
+                may_take.set()
+                wakes.is_asleep.wait(TIMEOUT_S)
+            super().append(item)
+
+    wakes, may_take = Wakes(), threading.Event()
+
+    async def scenario(bus: MessageBus) -> None:
+        bus._wakes, bus._batches = wakes, Batches()  # type: ignore[assignment]
+        called = asyncio.Event()
+
+        def consume() -> None:
+            may_take.wait(TIMEOUT_S)
+            while next_events(bus) is not None:
+                pass
+
+        bus.post([event(1)])
+        async with thread(consume):
+            await asyncio.sleep(0)  # It starts.
+            bus.call_when_taken(called.set)
+            try:
+                await asyncio.wait_for(called.wait(), SOON_S)
+            finally:
+                bus.close()
 
     play(scenario)
 
