@@ -143,7 +143,7 @@ def test_callback_is_called_once_the_scheduler_has_taken_the_events() -> None:
     play(scenario)
 
 
-def test_callback_is_called_when_the_scheduler_took_the_events_and_fell_asleep_meanwhile() -> None:
+def test_callback_wakes_a_sleeping_scheduler() -> None:
     class Wakes:
         """Notes that the scheduler's thread sleeps."""
 
