@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lattice_client import background as of_client
+from lattice_client.cli import options
 from lattice_server import background as of_server
+from lattice_server import flags
 from lattice_server.engine import spare_keeper as spares_of_server
 from lattice_worker import background as of_worker
 from lattice_worker.runner import spare_files
@@ -31,6 +33,10 @@ def body_of(function: Any) -> list[str]:
 @pytest.mark.parametrize("copy", [of_server, of_client], ids=["server", "client"])
 def test_background_task_ends_alike_in_all_packages(copy: ModuleType, name: str) -> None:
     assert body_of(getattr(copy, name)) == body_of(getattr(of_worker, name))
+
+
+def test_numbers_in_options_are_read_alike_by_client_and_server() -> None:
+    assert inspect.getsource(options.FiniteRange) == inspect.getsource(flags.FiniteRange)
 
 
 def test_spares_of_server_and_worker_are_the_same_files() -> None:

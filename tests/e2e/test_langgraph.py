@@ -1,6 +1,7 @@
 """Graphs of LangGraph whose nodes run on a server: fan-out, commands, and what LangGraph offers to nodes."""
 
 import asyncio
+import decimal
 import gc
 import operator
 import os
@@ -117,6 +118,22 @@ def test_nodes_get_config_context_and_commands(address: str) -> None:
     config: RunnableConfig = {"configurable": {"thread": "t1"}, "tags": ["tagged"]}
     found = graph.compile().invoke(given(), config, context=Context("ann"))
     assert found["words"] == ["t1", "tagged", "ann"]
+
+
+def test_context_variables_environment_and_folder_of_the_caller_do_not_travel(
+    local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(state: State) -> dict[str, Any]:
+        return {"words": [decimal.getcontext().prec, os.environ.get("OF_CALLER", "none"), os.getcwd()]}
+
+    graph = graph_of(seen)
+    graph.add_edge(START, "seen")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OF_CALLER", "set")
+    with decimal.localcontext(prec=5):  # A context variable.
+        found = LangGraphClient(local).compile(graph).invoke(given("x"))["words"]
+    assert found[:2] == [decimal.DefaultContext.prec, "none"]
+    assert found[2] != str(tmp_path)
 
 
 def test_a_decorated_node_reaches_the_stream_the_store_and_interrupts(local: str) -> None:

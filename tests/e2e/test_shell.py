@@ -122,6 +122,22 @@ def test_tasks_are_added_to_a_run(call: Call, room: Room) -> None:  # noqa: F811
     assert finals(call, run_id) == {"four": 84}
 
 
+def test_source_takes_signals_and_streams_values(call: Call) -> None:  # noqa: F811
+    code = (
+        "from lattice_client import context\n"
+        "def agent():\n    context.emit('begun')\n    return context.wait_for('go')\n"
+    )
+    graph = workflow() | {"functions": {"agent": source("agent", code)}, "tasks": [step("agent", "agent", {})]}
+    (answer,) = call("WorkflowService/RunWorkflow", {"workflow": graph})
+    run_id = answer["run"]["runId"]
+    signal = {"run_id": run_id, "name": "go", "value": {"json": '"yes"'}, "request_id": "1"}
+    call("WorkflowService/SignalRun", signal)
+    assert finals(call, run_id) == {"agent": "yes"}
+    answers = call("ResultsService/WatchChunks", {"run_id": run_id, "task_id": "agent"})
+    assert '"begun"' in json.dumps(answers).replace("\\", "")
+    assert answers[-1]["complete"]
+
+
 def test_a_batch_and_a_limit(call: Call) -> None:  # noqa: F811
     batch = {"max_size": 3, "max_wait": "60s"}
     counts = [step(f"c{n}", "count", {"value": value(n)}, batch=batch, max_parallel=1) for n in range(6)]
