@@ -139,7 +139,8 @@ def test_tasks_run_in_containers_of_their_own(address: str, monkeypatch: pytest.
         with pytest.raises(TaskFailedError) as raised:
             failing.run().result(timeout=60)
         assert raised.value.kind == "OUT_OF_MEMORY"
-    assert listed(address) == []
+    # A worker that ends waits 10 s at most; an engine that is slower removes them by itself.
+    settle(lambda: listed(address) == [])
 
 
 @pytest.fixture(scope="module")
