@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lattice_server.engine.journal_port import Journal, JournalError
-from lattice_server.engine.journal_records import DroppedRun, EventRecorded, RunAccepted, RunEnded
+from lattice_server.engine.recording.journal_port import Journal, JournalError
+from lattice_server.engine.recording.journal_records import DroppedRun, EventRecorded, RunAccepted, RunEnded
 from lattice_server.journal.sqlite import SqliteSettings, Sync, open_sqlite
 
 BODY = b"e" * 180

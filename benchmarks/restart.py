@@ -29,8 +29,8 @@ import psutil
 from benchmarks import lattice_side
 from benchmarks.journal import Waiting
 from lattice_client import LatticeClient, UnavailableError, task
-from lattice_server.engine.journal_port import JournalReader, JournalRetention
-from lattice_server.engine.journal_records import EventRecorded, Record, RunAccepted, RunEnded, StoredRun
+from lattice_server.engine.recording.journal_port import JournalReader, JournalRetention
+from lattice_server.engine.recording.journal_records import EventRecorded, Record, RunAccepted, RunEnded, StoredRun
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 
 LATTICE = str(Path(sys.executable).parent / "lattice")

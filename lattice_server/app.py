@@ -19,8 +19,8 @@ from lattice_server.composition import Engine, authentication_of, executor_of, m
 from lattice_server.config import ServerConfig
 from lattice_server.core.errors import UnavailableError
 from lattice_server.engine.ports import Contact
-from lattice_server.engine.run_logging import TaskOutputLog
-from lattice_server.engine.run_restorer import RunRestorer
+from lattice_server.engine.restoring.run_restorer import RunRestorer
+from lattice_server.engine.runs.run_logging import TaskOutputLog
 from lattice_server.garbage import GarbageCollection
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
 from lattice_server.rpc.convert.times import timestamp

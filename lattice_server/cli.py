@@ -226,9 +226,9 @@ def _serve(config: ServerConfig) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: the imports take most of a second, and are not needed to refuse a wrong flag.
     from lattice_server.app import SchedulerError, serve
-    from lattice_server.engine.journal_port import JournalError, JournalLockedError
     from lattice_server.engine.ports import ExecutorError
-    from lattice_server.engine.store_folder import StoreError
+    from lattice_server.engine.recording.journal_port import JournalError, JournalLockedError
+    from lattice_server.engine.stores.store_folder import StoreError
     from lattice_server.rpc.server import PortInUseError
     from lattice_server.telemetry import TelemetryError
 

@@ -15,28 +15,28 @@ from lattice_server import __version__
 from lattice_server.config import ServerConfig
 from lattice_server.core.run.run import Bounds
 from lattice_server.core.scheduling.scheduler import Scheduler
-from lattice_server.engine.admission import Admission
-from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.chunk_store import ChunkStore
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.draft_graphs import DraftGraphs
-from lattice_server.engine.durability import Durability
-from lattice_server.engine.ended_runs import Retention
-from lattice_server.engine.journal_port import Journal, JournalError, JournalListener, JournalRetention
-from lattice_server.engine.journal_records import DroppedRun
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
-from lattice_server.engine.run_journal import RunJournal
+from lattice_server.engine.recording.durability import Durability
+from lattice_server.engine.recording.journal_port import Journal, JournalError, JournalListener, JournalRetention
+from lattice_server.engine.recording.journal_records import DroppedRun
+from lattice_server.engine.recording.run_journal import RunJournal
+from lattice_server.engine.runs.admission import Admission
+from lattice_server.engine.runs.chunk_store import ChunkStore
+from lattice_server.engine.runs.ended_runs import Retention
 from lattice_server.engine.scheduler_thread import SchedulerThread
 from lattice_server.engine.services.services import Services
-from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.store_folder import SOCKET
-from lattice_server.engine.usage import Bound, Usage
-from lattice_server.engine.workflow_restorer import restore_workflows
-from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.stores.code_store import CodeStore
+from lattice_server.engine.stores.store_folder import SOCKET
+from lattice_server.engine.stores.usage import Bound, Usage
+from lattice_server.engine.workers.artifact_transfer import Transfers
+from lattice_server.engine.workers.sessions import Sessions
+from lattice_server.engine.workflows.draft_graphs import DraftGraphs
+from lattice_server.engine.workflows.workflow_restorer import restore_workflows
+from lattice_server.engine.workflows.workflow_store import WorkflowStore
 from lattice_server.executors.bind_address import address_for_others
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from lattice_server.journal.sqlite_database import Sync

@@ -9,7 +9,7 @@ from typing import IO
 
 import click
 
-from lattice_server.engine.journal_port import JournalError, JournalLockedError
+from lattice_server.engine.recording.journal_port import JournalError, JournalLockedError
 from lattice_server.journal.backup import back_up
 from lattice_server.journal.checking import Damage, JournalCheck, runs_of
 from lattice_server.journal.stopped import StoppedJournal, stopped_sqlite

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lattice_server.engine.secrets import Secrets
+from lattice_server.engine.runs.secrets import Secrets
 from lattice_server.security import SecurityError
 from lattice_server.tokens import MAX_NAME, read_private
 

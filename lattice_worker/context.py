@@ -19,16 +19,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_worker.runner import awaited, tracing
-from lattice_worker.runner.artifacts import Encoder
-from lattice_worker.runner.asking import FORKED, AnswerError, QuestionError, decoded
-from lattice_worker.runner.blame import refusal
-from lattice_worker.runner.called import Call, CallError
-from lattice_worker.runner.functions import dump
-from lattice_worker.runner.generators import COMBINE
-from lattice_worker.runner.output import current as running
-from lattice_worker.runner.text import utf8
-from lattice_worker.runner.values import PayloadError, encode_value
+from lattice_worker.runner.encoding.artifacts import Encoder
+from lattice_worker.runner.encoding.blame import refusal
+from lattice_worker.runner.encoding.text import utf8
+from lattice_worker.runner.encoding.values import PayloadError, encode_value
+from lattice_worker.runner.invocation import awaited, tracing
+from lattice_worker.runner.invocation.asking import FORKED, AnswerError, QuestionError, decoded
+from lattice_worker.runner.invocation.called import Call, CallError
+from lattice_worker.runner.invocation.functions import dump
+from lattice_worker.runner.invocation.generators import COMBINE
+from lattice_worker.runner.invocation.output import current as running
 from lattice_worker.task_context import spawn_arguments
 from lattice_worker.task_context.endpoints import Endpoint, Llm
 from lattice_worker.task_context.spawn_arguments import SpawnError

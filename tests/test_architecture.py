@@ -30,8 +30,8 @@ LIBRARIES = ("cloudpickle", "networkx", "opentelemetry", "ray")
 SEVERAL_IMPORTERS: set[str] = {
     "lattice_server.executors.ray_driver",
     "lattice_server.executors.ray_transfer",
-    "lattice_worker.runner.failures",
-    "lattice_worker.runner.pickler",
+    "lattice_worker.runner.invocation.failures",
+    "lattice_worker.runner.encoding.pickler",
 }
 
 
@@ -141,7 +141,7 @@ def test_the_client_exports_the_names_it_imports_in_order() -> None:
 
 
 # Coroutines of users, each of which is answered when it ends.
-OWN_TASKS = {"lattice_worker.runner.aio:_start"}
+OWN_TASKS = {"lattice_worker.runner.coroutines.aio:_start"}
 MAKERS = ("create_task", "ensure_future")
 
 

@@ -12,9 +12,9 @@ from lattice_client import background as of_client
 from lattice_client.cli import options
 from lattice_server import background as of_server
 from lattice_server import flags
-from lattice_server.engine import spare_keeper as spares_of_server
+from lattice_server.engine.stores import spare_keeper as spares_of_server
 from lattice_worker import background as of_worker
-from lattice_worker.runner import spare_files
+from lattice_worker.runner.encoding import spare_files
 from lattice_worker.store import spare_keeper as spares_of_worker
 
 # Statements of a copy that the others do not need: the client's callers keep their tasks.

@@ -21,7 +21,7 @@ MARKING = ("langgraph", "langchain_core")
 
 def is_in_attempt() -> bool:
     """Whether this code runs in an attempt on a worker: a stub is then the function itself."""
-    output = sys.modules.get("lattice_worker.runner.output")
+    output = sys.modules.get("lattice_worker.runner.invocation.output")
     return output is not None and output.current.get() is not None
 
 

@@ -32,30 +32,30 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
-from lattice_server.engine.admission import Admission
-from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.chunk_store import ChunkStore
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.ended_runs import Retention
-from lattice_server.engine.open_runs import OpenRuns
+from lattice_server.engine.commands.additions import RunAdditions
+from lattice_server.engine.commands.driver import RunDriver
+from lattice_server.engine.commands.events import RunEvents
+from lattice_server.engine.commands.open_runs import OpenRuns
+from lattice_server.engine.commands.retries import retry_of
+from lattice_server.engine.commands.signals import RunSignals
+from lattice_server.engine.commands.starter import RunStarter, StartSettings
+from lattice_server.engine.commands.tethers import Tethers
 from lattice_server.engine.queries import SchedulerQueries
-from lattice_server.engine.retries import retry_of
-from lattice_server.engine.run_additions import RunAdditions
-from lattice_server.engine.run_driver import RunDriver
-from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.run_events import RunEvents
-from lattice_server.engine.run_journal import RunJournal
-from lattice_server.engine.run_maker import RunMaker
-from lattice_server.engine.run_registry import RunRegistry
-from lattice_server.engine.run_restorer import RunRestorer
-from lattice_server.engine.run_signals import RunSignals
-from lattice_server.engine.run_starter import RunStarter, StartSettings
-from lattice_server.engine.run_stores import RunStores
-from lattice_server.engine.secrets import NO_SECRETS
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.recording.run_journal import RunJournal
+from lattice_server.engine.restoring.run_maker import RunMaker
+from lattice_server.engine.restoring.run_restorer import RunRestorer
+from lattice_server.engine.runs.admission import Admission
+from lattice_server.engine.runs.chunk_store import ChunkStore
+from lattice_server.engine.runs.ended_runs import Retention
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.runs.references import RunStores
+from lattice_server.engine.runs.registry import RunRegistry
+from lattice_server.engine.runs.secrets import NO_SECRETS
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.tethers import Tethers
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.stores.code_store import CodeStore
+from lattice_server.engine.workers.sessions import Sessions
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import Fact, SchedulerEvent, WorkerEffect
 from lattice_server.core.model import Capacity
 from lattice_server.core.services.messages import Event
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services.entry import ServiceEntry
 
 # The node of the worker that the server starts on its own machine.

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lattice_server.engine.locked_folders import delete_unlocked, lock
+from lattice_server.engine.stores.locked_folders import delete_unlocked, lock
 
 PREFIX = "lattice-ray-"
 # Ray adds `session_DATE_TIME_PID/sockets/plasma_store`; the path of a socket has at most 107 bytes.

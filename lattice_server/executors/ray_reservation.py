@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lattice_server.config import ServerConfig
-from lattice_server.engine.artifact_store import HEAD as HEAD_STORE
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.stores.artifact_store import HEAD as HEAD_STORE
 from lattice_server.executors.backoff import Backoff
 from lattice_server.executors.bind_address import ANY, ray_interface
 from lattice_server.executors.worker_command import Offer, offer_of_head

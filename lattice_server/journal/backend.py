@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import JournalReader
-from lattice_server.engine.journal_records import Record
+from lattice_server.engine.recording.journal_port import JournalReader
+from lattice_server.engine.recording.journal_records import Record
 from lattice_server.journal.uses import Changes
 
 

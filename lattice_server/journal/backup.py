@@ -11,7 +11,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from lattice_server.engine.journal_port import JournalError
+from lattice_server.engine.recording.journal_port import JournalError
 from lattice_server.journal.files import sync_folder
 from lattice_server.journal.sqlite import DATABASE, VALUES
 from lattice_server.journal.sqlite_database import SqliteDatabase, connect, translated

@@ -6,7 +6,7 @@ SHA-256 of a value in a file.
 
 from zlib import crc32
 
-from lattice_server.engine.journal_port import JournalDamagedError
+from lattice_server.engine.recording.journal_port import JournalDamagedError
 from lattice_server.journal.files import Files
 
 INLINE, FILE = b"\0", b"\1"

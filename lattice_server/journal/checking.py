@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import JournalDamagedError, JournalReader
-from lattice_server.engine.journal_records import StoredRun
+from lattice_server.engine.recording.journal_port import JournalDamagedError, JournalReader
+from lattice_server.engine.recording.journal_records import StoredRun
 from lattice_server.journal.stopped import StoppedJournal
 from lattice_server.journal.uses import run_user, workflow_user
 

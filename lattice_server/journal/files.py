@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from lattice_server.engine.journal_port import JournalDamagedError
+from lattice_server.engine.recording.journal_port import JournalDamagedError
 from lattice_server.journal.failpoints import failpoint
 
 UNFINISHED = ".tmp"

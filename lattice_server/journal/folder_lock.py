@@ -4,7 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from lattice_server.engine.journal_port import JournalLockedError
+from lattice_server.engine.recording.journal_port import JournalLockedError
 
 
 def locked(folder: Path) -> int:

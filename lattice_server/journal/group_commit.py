@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     JournalBrokenError,
     JournalBusyError,
     JournalError,
@@ -22,7 +22,7 @@ from lattice_server.engine.journal_port import (
     JournalStats,
     OnCommit,
 )
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_records import (
     Code,
     EventRecorded,
     Record,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import assert_never
 
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_records import (
     EventRecorded,
     Record,
     ResultsRead,

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     JournalBrokenError,
     JournalDamagedError,
     JournalError,
@@ -21,7 +21,7 @@ from lattice_server.engine.journal_port import (
     JournalReader,
     JournalRetention,
 )
-from lattice_server.engine.journal_records import Record
+from lattice_server.engine.recording.journal_records import Record
 from lattice_server.journal.backend import FileSizes
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.database import Row

@@ -3,7 +3,7 @@
 Names are compared byte by byte, as in SQLite, independently of the collation of the database.
 """
 
-from lattice_server.engine.journal_port import JournalVersionError
+from lattice_server.engine.recording.journal_port import JournalVersionError
 from lattice_server.journal.database import Database
 from lattice_server.journal.failpoints import failpoint
 

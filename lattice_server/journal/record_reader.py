@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lattice_server.engine.journal_port import JournalDamagedError
-from lattice_server.engine.journal_records import StoredEvent, StoredRun, StoredWorkflow
+from lattice_server.engine.recording.journal_port import JournalDamagedError
+from lattice_server.engine.recording.journal_records import StoredEvent, StoredRun, StoredWorkflow
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.database import RUN_COLUMNS, WORKFLOW_COLUMNS, Database, Row
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from lattice_server.engine.journal_port import JournalDamagedError, JournalRetention
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_port import JournalDamagedError, JournalRetention
+from lattice_server.engine.recording.journal_records import (
     Code,
     DroppedRun,
     EventRecorded,

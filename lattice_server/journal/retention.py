@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lattice_server.engine.journal_port import JournalRetention
+from lattice_server.engine.recording.journal_port import JournalRetention
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from dataclasses import field
 from pathlib import Path
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     JournalBrokenError,
     JournalError,
     JournalFullError,
@@ -20,7 +20,7 @@ from lattice_server.engine.journal_port import (
     JournalReader,
     JournalRetention,
 )
-from lattice_server.engine.journal_records import Record
+from lattice_server.engine.recording.journal_records import Record
 from lattice_server.journal.backend import FileSizes, Opened
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.disk_space import RESERVE_BYTES, DiskSpace

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     JournalBrokenError,
     JournalDamagedError,
     JournalError,

@@ -4,7 +4,7 @@
 `MIGRATIONS`, and one more fixture file in the tests.
 """
 
-from lattice_server.engine.journal_port import JournalVersionError
+from lattice_server.engine.recording.journal_port import JournalVersionError
 from lattice_server.journal.database import Database
 from lattice_server.journal.failpoints import failpoint
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lattice_server.core.frozen import frozen
-from lattice_server.engine.journal_port import JournalDamagedError, JournalError, JournalVersionError
+from lattice_server.engine.recording.journal_port import JournalDamagedError, JournalError, JournalVersionError
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.database import Database
 from lattice_server.journal.files import Files

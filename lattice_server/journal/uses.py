@@ -7,7 +7,7 @@ a file, or `artifact:` and an id. Users are `run:` and `workflow:` with a number
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lattice_server.engine.journal_records import DroppedRun
+from lattice_server.engine.recording.journal_records import DroppedRun
 from lattice_server.journal.database import Database, Row
 
 ALL = 1_000_000_000

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError, invalid_field
-from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.artifact_transfer import Transfers
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.workers.artifact_transfer import Transfers
 from lattice_server.rpc import callers
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.chunking import UPLOAD_CHUNK_BYTES

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from lattice_server.core.messages import Assign
 from lattice_server.core.model import Artifact, Payload
 from lattice_server.core.references import leaves
-from lattice_server.engine.outbox import Session
+from lattice_server.engine.workers.outbox import Session
 
 
 class _Inputs:

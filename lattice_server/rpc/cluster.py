@@ -10,7 +10,7 @@ from lattice_server.core.errors import NotFoundError
 from lattice_server.core.messages import NodeView
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.queries import SchedulerQueries
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.workers.sessions import Sessions
 from lattice_server.rpc.convert.cluster import node_to_proto
 from lattice_server.rpc.convert.times import drain_deadline_from_proto
 from lattice_server.rpc.handlers import Context

@@ -13,8 +13,8 @@ from lattice.v1 import cluster_pb2, workflow_pb2
 
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.run_journal import RunJournal
-from lattice_server.engine.run_restorer import RunRestorer
+from lattice_server.engine.recording.run_journal import RunJournal
+from lattice_server.engine.restoring.run_restorer import RunRestorer
 from lattice_server.rpc import callers
 
 Method = Callable[[Any, Any], Any]

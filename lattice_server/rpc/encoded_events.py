@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from lattice.v1 import results_pb2
 
 from lattice_server.core.messages import RunEvent
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.rpc.convert.events import fill_event
 
 # The newest encoded events of a run are kept, up to these limits. Larger events are encoded for each reader.

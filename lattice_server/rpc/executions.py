@@ -19,10 +19,10 @@ from lattice.v1 import results_pb2, task_pb2, workflow_pb2
 
 from lattice_server import background
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
+from lattice_server.engine.commands.tethers import Tethers
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.tethers import Tethers
 from lattice_server.rpc.convert.runs import result_to_proto
 from lattice_server.rpc.handlers import OnError
 from lattice_server.rpc.statuses import internal_error, refusal_of

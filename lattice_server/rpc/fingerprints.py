@@ -11,7 +11,7 @@ from typing import Any
 from lattice.v1 import payload_pb2, task_pb2
 
 from lattice_server.core.model import Function
-from lattice_server.engine.run_entry import fingerprint
+from lattice_server.engine.runs.entry import fingerprint
 from lattice_server.engine.slices import Slices
 
 PICKLED = ("application/vnd.lattice.cloudpickle", "application/vnd.lattice.pickle")

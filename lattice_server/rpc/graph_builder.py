@@ -11,8 +11,8 @@ from lattice_server.core.errors import ConflictError, NotFoundError, invalid_fie
 from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
-from lattice_server.engine.draft_graphs import DraftGraph, DraftGraphs
 from lattice_server.engine.slices import Slices
+from lattice_server.engine.workflows.draft_graphs import DraftGraph, DraftGraphs
 from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id, task_to_spec
 from lattice_server.rpc.fingerprints import GraphFingerprint, drop_pickles
 from lattice_server.rpc.spec_parser import SpecParser

@@ -9,8 +9,8 @@ from lattice.v1 import resources_pb2, worker_pb2
 
 from lattice_server import __version__
 from lattice_server.core.errors import invalid_field
-from lattice_server.engine.artifact_store import HEAD
 from lattice_server.engine.ports import OWN_NODE
+from lattice_server.engine.stores.artifact_store import HEAD
 from lattice_server.rpc.convert.cluster import PROTOCOL_VERSION
 
 # A worker that takes the id of another one replaces it, and ends its attempts.

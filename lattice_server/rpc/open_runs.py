@@ -14,11 +14,11 @@ from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
-from lattice_server.engine.caller_stream import CallerStream
-from lattice_server.engine.open_runs import TOLD, OpenRuns
+from lattice_server.engine.commands.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.run_log import BATCH
+from lattice_server.engine.runs.caller_stream import CallerStream
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.runs.log import BATCH
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import PART_BYTES, in_parts
 from lattice_server.rpc.convert.events import event_to_proto

@@ -9,8 +9,8 @@ from lattice.v1 import run_pb2
 from lattice_server.core.frozen import frozen
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.run_journal import RunJournal
+from lattice_server.engine.recording.run_journal import RunJournal
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, run_to_view
 
 PAGE = 200

@@ -8,8 +8,8 @@ from lattice.v1 import results_pb2, results_pb2_grpc
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.core.states import TASK_TERMINAL
-from lattice_server.engine.chunk_store import log_of
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.runs.chunk_store import log_of
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import in_parts

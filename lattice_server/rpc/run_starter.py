@@ -5,10 +5,10 @@ from lattice.v1 import workflow_pb2
 from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry, fingerprint
-from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.engine.runs.entry import RunEntry, fingerprint
+from lattice_server.engine.workflows.draft_graphs import DraftGraphs
+from lattice_server.engine.workflows.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.tasks import check_id, check_request_id

@@ -10,8 +10,8 @@ from lattice.v1 import service_pb2, service_pb2_grpc
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import Bundle
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.services.services import Services
+from lattice_server.engine.stores.code_store import CodeStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.functions import bundle_from_proto
 from lattice_server.rpc.convert.services import check_replicas, line_to_proto, service_to_proto, spec_from_proto

@@ -13,7 +13,7 @@ from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.tenancy import EVERYTHING, Reach
-from lattice_server.engine.code_store import CodeStore
+from lattice_server.engine.stores.code_store import CodeStore
 from lattice_server.rpc.convert.functions import bundle_from_proto, function_from_proto
 from lattice_server.rpc.convert.payloads import payload_from_proto
 from lattice_server.rpc.convert.tasks import task_from_proto

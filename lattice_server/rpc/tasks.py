@@ -11,7 +11,7 @@ from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.runs import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto

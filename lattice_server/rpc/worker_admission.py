@@ -5,7 +5,7 @@ import logging
 from lattice.v1 import worker_pb2
 
 from lattice_server.core.errors import LatticeError
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.workers.sessions import Sessions
 from lattice_server.rpc import callers
 from lattice_server.rpc.hello_validation import check_first, version_refusal
 from lattice_server.rpc.machines import Machines

@@ -19,7 +19,7 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Function
-from lattice_server.engine.outbox import Connection
+from lattice_server.engine.workers.outbox import Connection
 from lattice_server.rpc.chunking import ENVELOPE_BYTES, PART_BYTES
 from lattice_server.rpc.convert.functions import code_to_proto
 from lattice_server.rpc.convert.workers import Later, add_assignment, add_later, answer_to_proto, welcome_to_proto

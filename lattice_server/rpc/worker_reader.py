@@ -14,10 +14,10 @@ from lattice_server.core.errors import InvalidError, LatticeError
 from lattice_server.core.messages import AnswerQuestion, AttemptAsked
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.ports import OnRunners
-from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.spans import SpanSink
+from lattice_server.engine.workers.outbox import Connection, Session
+from lattice_server.engine.workers.sessions import Sessions
+from lattice_server.engine.workers.spans import SpanSink
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
 from lattice_server.rpc.convert.resources import ISOLATION_FROM_PROTO

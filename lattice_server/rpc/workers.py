@@ -14,12 +14,12 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
-from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.outbox import Connection
 from lattice_server.engine.ports import OnRunners
-from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.spans import SpanSink
+from lattice_server.engine.workers.artifact_transfer import Transfers
+from lattice_server.engine.workers.outbox import Connection
+from lattice_server.engine.workers.sessions import Sessions
+from lattice_server.engine.workers.spans import SpanSink
 from lattice_server.rpc import callers
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.callers import Caller, no_longer_valid

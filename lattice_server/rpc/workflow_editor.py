@@ -10,11 +10,11 @@ from lattice.v1 import workflow_pb2
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.run import dag
 from lattice_server.core.tenancy import Reach, key_of
-from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import fingerprint
+from lattice_server.engine.runs.entry import fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import WorkflowEntry, WorkflowStore, expect_revision
+from lattice_server.engine.workflows.draft_graphs import DraftGraphs
+from lattice_server.engine.workflows.workflow_store import WorkflowEntry, WorkflowStore, expect_revision
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.runs import definition_of, workflow_to_proto

@@ -10,11 +10,11 @@ from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import Isolation
 from lattice_server.core.trust import is_trusted
-from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import fingerprint
+from lattice_server.engine.runs.entry import fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.engine.workflows.draft_graphs import DraftGraphs
+from lattice_server.engine.workflows.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.payloads import question_from_proto

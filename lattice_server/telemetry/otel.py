@@ -33,7 +33,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
-from lattice_server.engine.spans import ReportedSpan, Scalar
+from lattice_server.engine.workers.spans import ReportedSpan, Scalar
 from lattice_server.telemetry.catalogue import Kind
 from lattice_server.telemetry.exporters import interval_ms, within_limit
 from lattice_server.telemetry.meters import Distribution, Reading

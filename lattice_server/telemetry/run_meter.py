@@ -21,7 +21,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Artifact, Failure, Function, Isolation
 from lattice_server.core.run.task_table import TaskRecord
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.meters import Counter, Histogram, Names, Reading
 

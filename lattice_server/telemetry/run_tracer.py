@@ -21,8 +21,8 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure
 from lattice_server.core.states import RunState
-from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.spans import ReportedSpan
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.workers.spans import ReportedSpan
 from lattice_server.telemetry.otel import Span, Spans
 from lattice_server.telemetry.run_meter import function_name
 

@@ -15,11 +15,11 @@ from lattice_server.core.messages import NodesDescribed, NodeStatus, NodeView
 from lattice_server.core.model import Isolation
 from lattice_server.core.services.model import InstanceState, ServiceState
 from lattice_server.core.states import RUN_TERMINAL, TASK_TERMINAL, RunState, TaskState
-from lattice_server.engine.journal_port import Journal, JournalStats
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.recording.journal_port import Journal, JournalStats
 from lattice_server.engine.services.services import Services
-from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.usage import Usage
+from lattice_server.engine.stores.usage import Usage
+from lattice_server.engine.workers.sessions import Sessions
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.catalogue import Instrument
 from lattice_server.telemetry.meters import Histogram, Labels, Reading, totals

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.runner.text import utf8
+from lattice_worker.runner.encoding.text import utf8
 
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 ENVELOPE_BYTES = 64  # The most that surrounds a report that travels alone, its number included.

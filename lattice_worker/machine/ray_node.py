@@ -19,7 +19,7 @@ from lattice_worker import background
 from lattice_worker.config import WorkerConfig
 from lattice_worker.machine import host
 from lattice_worker.machine.ray_folder import LOG, RayFolder
-from lattice_worker.runner.process_tree import kill_tree
+from lattice_worker.runner.surroundings.process_tree import kill_tree
 
 log = logging.getLogger(__name__)
 

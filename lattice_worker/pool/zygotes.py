@@ -12,7 +12,7 @@ from typing import Any
 from lattice_worker import background
 from lattice_worker.machine import host
 from lattice_worker.pool.zygote import Process, Zygote
-from lattice_worker.runner.process_tree import children_of, kill_tree
+from lattice_worker.runner.surroundings.process_tree import children_of, kill_tree
 from lattice_worker.sandbox.policy import interpreter_environment
 
 # Names the worker to all processes that its tasks start; it is how they are found when the worker was killed.

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lattice_worker.runner.frames import EVERY_SIGNAL, Channel
-from lattice_worker.runner.memory import allow_stack
-from lattice_worker.runner.output import TO_RUNNING, Output
+from lattice_worker.runner.invocation.output import TO_RUNNING, Output
+from lattice_worker.runner.surroundings.memory import allow_stack
 
 Frame = tuple[dict[str, Any], list[bytes]]
 

@@ -8,15 +8,16 @@ import sys
 from collections import deque
 from typing import Any
 
-from lattice_worker.runner import aio, threads
-from lattice_worker.runner.adoption import adopt
 from lattice_worker.runner.claims import Claims
+from lattice_worker.runner.coroutines import aio
 from lattice_worker.runner.frames import Channel
-from lattice_worker.runner.functions import note_sealed
 from lattice_worker.runner.inbox import Inbox
-from lattice_worker.runner.invocations import Program
-from lattice_worker.runner.output import Output, Stream, has_unread_output
-from lattice_worker.runner.reset import Baseline, reseed
+from lattice_worker.runner.invocation import threads
+from lattice_worker.runner.invocation.functions import note_sealed
+from lattice_worker.runner.invocation.invocations import Program
+from lattice_worker.runner.invocation.output import Output, Stream, has_unread_output
+from lattice_worker.runner.surroundings.adoption import adopt
+from lattice_worker.runner.surroundings.reset import Baseline, reseed
 
 CONTROL, CLAIMS, MARKS = 3, 4, 5  # The descriptors a runner is given, after its standard streams.
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker.runner import process
-from lattice_worker.runner.process_tree import children_of
+from lattice_worker.runner.surroundings.process_tree import children_of
 from lattice_worker.sandbox import seal, syscall_filter
 from lattice_worker.sandbox.policy import Policy
 

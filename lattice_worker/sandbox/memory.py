@@ -8,7 +8,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from lattice_worker.runner.process_tree import children_of
+from lattice_worker.runner.surroundings.process_tree import children_of
 from lattice_worker.sandbox.view import SCRATCH, SHARED_MEMORY
 
 KIB = 1024

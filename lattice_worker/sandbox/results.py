@@ -8,10 +8,10 @@ about them: the agent says at which level they were produced.
 from collections.abc import Iterable
 from typing import Any
 
-from lattice_worker.runner import arrays, dataframes, tagged, values
-from lattice_worker.runner.artifacts import Encoder, StoreFullError
+from lattice_worker.runner.encoding import arrays, dataframes, tagged, values
+from lattice_worker.runner.encoding.artifacts import Encoder, StoreFullError
+from lattice_worker.runner.encoding.spare_files import opened
 from lattice_worker.runner.frames import ProtocolError
-from lattice_worker.runner.spare_files import opened
 
 LARGEST_INLINE_BYTES = 1 << 40  # For the process: every value travels in its answer.
 MAX_INPUT_BYTES = 256 * 1024 * 1024

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lattice_worker.runner.functions import load_pickle
+from lattice_worker.runner.invocation.functions import load_pickle
 
 
 def function(entrypoint: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from lattice_worker.runner.process_tree import children_of, end_children
+from lattice_worker.runner.surroundings.process_tree import children_of, end_children
 
 # The libraries that engines compute with start a thread for each core of the machine, unless they are told.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -24,7 +24,7 @@ from pathlib import Path
 from lattice.v1 import task_pb2
 
 from lattice_worker import background
-from lattice_worker.runner.spare_files import SPARES, delete_spares
+from lattice_worker.runner.encoding.spare_files import SPARES, delete_spares
 
 FOLDER = "bundles"
 NEW_S = 10.0

@@ -16,7 +16,7 @@ from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, worker_pb2
 
 from lattice_worker import background, convert
 from lattice_worker.config import HEAD_STORE
-from lattice_worker.runner.spare_files import SPARES, delete_spares, opened
+from lattice_worker.runner.encoding.spare_files import SPARES, delete_spares, opened
 from lattice_worker.store.artifact_staging import ArtifactStaging
 from lattice_worker.store.bundles import Bundles
 from lattice_worker.store.peer_fetch import PeerFetcher

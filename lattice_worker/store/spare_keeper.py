@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from uuid import uuid4
 
-from lattice_worker.runner.spare_files import MIN_SPARE_BYTES, SPARES, delete_spares, is_unused
+from lattice_worker.runner.encoding.spare_files import MIN_SPARE_BYTES, SPARES, delete_spares, is_unused
 
 LIMIT_BYTES = 512 * 1024 * 1024
 IDLE_S = 60.0

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
-from lattice_worker.runner.text import utf8
+from lattice_worker.runner.encoding.text import utf8
 from lattice_worker.task_context.spawned import SpawnedOutput, SpawnedTask
 
 # How a plain function is spawned.

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lattice_worker.runner.artifacts import Encoder
-from lattice_worker.runner.blame import refusal
-from lattice_worker.runner.deferred import Deferred, DeferredValueError
-from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
+from lattice_worker.runner.encoding.artifacts import Encoder
+from lattice_worker.runner.encoding.blame import refusal
+from lattice_worker.runner.encoding.deferred import Deferred, DeferredValueError
+from lattice_worker.runner.encoding.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
 
 # A message may be nested 100 deep; each level of a binding takes two of those.
 MAX_LEVELS = 32

@@ -5,8 +5,8 @@ import math
 import sys
 from typing import Any
 
-from lattice_worker.runner.generators import encoded_chunk
-from lattice_worker.runner.output import Output, current
+from lattice_worker.runner.invocation.generators import encoded_chunk
+from lattice_worker.runner.invocation.output import Output, current
 
 NO_CHUNKS = "the server takes no chunks: it is of an older version, or its `chunk_limit_bytes` is 0"
 

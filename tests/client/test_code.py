@@ -13,7 +13,7 @@ from lattice_client import TaskDefinitionError, task
 from lattice_client.code import modules
 from lattice_client.code import pickler as client_pickler
 from lattice_client.code.bundle import Choice, Found
-from lattice_worker.runner import pickler as runner_pickler
+from lattice_worker.runner.encoding import pickler as runner_pickler
 from tests.client.travel import Travel
 
 pytestmark = pytest.mark.slow

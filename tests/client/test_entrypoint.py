@@ -7,8 +7,8 @@ from lattice.v1 import task_pb2
 
 from lattice_client import LatticeClient, PreconditionError, TaskDefinitionError, entrypoint
 from lattice_worker.convert import function_frame
-from lattice_worker.runner.functions import load
-from lattice_worker.runner.values import PayloadError
+from lattice_worker.runner.encoding.values import PayloadError
+from lattice_worker.runner.invocation.functions import load
 
 
 def test_entrypoint_has_its_path_inputs_and_outputs() -> None:

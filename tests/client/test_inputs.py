@@ -26,8 +26,8 @@ from lattice_client.convert.inputs import Binder
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.workflow import Graph
 from lattice_worker.convert import binding_tree
-from lattice_worker.runner.binding import bind_all
-from lattice_worker.runner.values import PayloadError
+from lattice_worker.runner.encoding.values import PayloadError
+from lattice_worker.runner.invocation.binding import bind_all
 from tests.client.test_payloads import jsonable, same
 
 

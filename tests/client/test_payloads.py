@@ -16,7 +16,7 @@ from lattice.v1 import resources_pb2
 from lattice_client import entrypoint, task
 from lattice_client.code.function import pack, runtime_of
 from lattice_client.convert import payloads
-from lattice_worker.runner import values
+from lattice_worker.runner.encoding import values
 
 plain = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text()
 jsonable = st.recursive(

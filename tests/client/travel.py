@@ -30,8 +30,8 @@ def send(function, **inputs):
 CALLER = """
 import io, json, os, pickle, sys, traceback, zipfile
 sys.path.pop(0)  # the folder of this program
-from lattice_worker.runner.functions import load
-from lattice_worker.runner.values import PayloadError, decode_value
+from lattice_worker.runner.invocation.functions import load
+from lattice_worker.runner.encoding.values import PayloadError, decode_value
 
 sys.modules["caller"] = sys.modules["__main__"]
 sent, folder = sys.argv[1:]

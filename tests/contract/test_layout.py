@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattice_client.convert import payloads
-from lattice_worker.runner.values import decode_value, encode_value
+from lattice_worker.runner.encoding.values import decode_value, encode_value
 
 PICKLE5 = "application/vnd.lattice.pickle5"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.runner import tagged
+from lattice_worker.runner.encoding import tagged
 
 MODULE = Path(__file__).resolve().parent.parent.parent / "examples" / "nodejs" / "tagged.js"
 # Prints each value as JSON, with the names of classes that JSON does not tell.

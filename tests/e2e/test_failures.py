@@ -221,7 +221,7 @@ def give_two(room: str, how: str) -> dict[str, Any]:
 @task
 def store() -> str:
     """Return where this worker keeps large values."""
-    folder: str = sys.modules["lattice_worker.runner.output"].current.get().header["store"]
+    folder: str = sys.modules["lattice_worker.runner.invocation.output"].current.get().header["store"]
     return folder
 
 

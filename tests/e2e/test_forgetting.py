@@ -7,7 +7,7 @@ import pytest
 
 from lattice_client import LatticeClient, task
 from lattice_client.graph.definition import TaskDefinition
-from lattice_server.engine.code_store import WORKER_CODE_BYTES
+from lattice_server.engine.stores.code_store import WORKER_CODE_BYTES
 from tests.e2e.conftest import served
 
 MIB = 1024 * 1024

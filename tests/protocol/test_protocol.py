@@ -15,8 +15,8 @@ from lattice_server.core import messages
 from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled, TaskFailed, TaskReady, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, Payload
 from lattice_server.core.scheduling.scheduler import Scheduler
-from lattice_server.engine.outbox import Connection
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.workers.outbox import Connection
+from lattice_server.engine.workers.sessions import Sessions
 from lattice_worker.session.lease_machine import LeaseMachine
 from tests.examples import share
 from tests.server.core.scenes import node, ready

@@ -15,7 +15,7 @@ from lattice_worker.pool.control_socket import Control
 from lattice_worker.pool.runner_process import Starter
 from lattice_worker.pool.zygote import Process
 from lattice_worker.pool.zygotes import Zygotes
-from lattice_worker.runner.values import decode_value
+from lattice_worker.runner.encoding.values import decode_value
 from lattice_worker.sandbox.memory_groups import MemoryGroups
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor

@@ -12,7 +12,7 @@ from lattice.v1 import task_pb2
 from lattice_server import app
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Contact
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.workers.sessions import Sessions
 from lattice_server.executors import local
 from lattice_server.rpc import executions
 from lattice_server.tokens import reload_on_change

@@ -19,7 +19,7 @@ from lattice_client import logs as client_logs
 from lattice_server import logs
 from lattice_server.core.messages import TaskLogged, TaskRetrying
 from lattice_server.core.model import Failure, FailureKind
-from lattice_server.engine.run_logging import TaskOutputLog
+from lattice_server.engine.runs.run_logging import TaskOutputLog
 from lattice_worker import logs as worker_logs
 from tests.commands import START
 

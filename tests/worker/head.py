@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import payload_pb2, resources_pb2, task_pb2, worker_pb2, worker_pb2_grpc
 
-from lattice_worker.runner.values import decode_value, encode_value
+from lattice_worker.runner.encoding.values import decode_value, encode_value
 
 LIMIT_BYTES = 100_000
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024  # What gRPC takes unless told otherwise.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.runner.calls import columns
-from lattice_worker.runner.values import PayloadError
+from lattice_worker.runner.encoding.values import PayloadError
+from lattice_worker.runner.invocation.calls import columns
 
 
 def scale(x: Any, k: Any = 5, *, unit: Any = "m") -> Any: ...

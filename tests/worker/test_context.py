@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from lattice_client import entrypoint, task
 from lattice_worker import context
 from lattice_worker.convert import binding_tree, spawned_from_frame
-from lattice_worker.runner.binding import bind_all
-from lattice_worker.runner.called import Call
-from lattice_worker.runner.output import Output
-from lattice_worker.runner.output import current as running
-from lattice_worker.runner.values import PayloadError
+from lattice_worker.runner.encoding.values import PayloadError
+from lattice_worker.runner.invocation.binding import bind_all
+from lattice_worker.runner.invocation.called import Call
+from lattice_worker.runner.invocation.output import Output
+from lattice_worker.runner.invocation.output import current as running
 from lattice_worker.task_context.spawn_arguments import take_id
 
 from lattice.v1 import payload_pb2, task_pb2  # isort: skip

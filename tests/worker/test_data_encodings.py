@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lattice_client.convert
-import lattice_worker.runner
+import lattice_worker.runner.encoding
 from lattice_client.convert import tagged as client_tagged
-from lattice_worker.runner import arrays, tagged, values
-from lattice_worker.runner.arrays import DataError
+from lattice_worker.runner.encoding import arrays, tagged, values
+from lattice_worker.runner.encoding.arrays import DataError
 
 ZONES = st.none() | st.just(dt.UTC) | st.just(dt.timezone(dt.timedelta(minutes=-90))) | st.just(ZoneInfo("Europe/Rome"))
 FOLDS = st.integers(0, 1)
@@ -285,5 +285,5 @@ def test_decoder_of_data_never_unpickles(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["arrays.py", "tagged.py"])
 def test_client_and_runner_have_the_same_encodings(name: str) -> None:
     of_client = Path(lattice_client.convert.__file__).with_name(name).read_text()
-    of_runner = Path(lattice_worker.runner.__file__).with_name(name).read_text()
-    assert of_client == of_runner.replace("lattice_worker.runner", "lattice_client.convert")
+    of_runner = Path(lattice_worker.runner.encoding.__file__).with_name(name).read_text()
+    assert of_client == of_runner.replace("lattice_worker.runner.encoding", "lattice_client.convert")

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lattice_client.convert
-import lattice_worker.runner
-from lattice_worker.runner import dataframes, values
-from lattice_worker.runner.arrays import DataError
-from lattice_worker.runner.dataframes import decode_frame, encode_frame
+import lattice_worker.runner.encoding
+from lattice_worker.runner.encoding import dataframes, values
+from lattice_worker.runner.encoding.arrays import DataError
+from lattice_worker.runner.encoding.dataframes import decode_frame, encode_frame
 
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")
@@ -127,5 +127,5 @@ def test_any_bytes_are_a_value_or_an_error(data: bytes) -> None:
 
 def test_client_and_runner_have_the_same_data_frames() -> None:
     of_client = Path(lattice_client.convert.__file__).with_name("dataframes.py").read_text()
-    of_runner = Path(lattice_worker.runner.__file__).with_name("dataframes.py").read_text()
-    assert of_client == of_runner.replace("lattice_worker.runner", "lattice_client.convert")
+    of_runner = Path(lattice_worker.runner.encoding.__file__).with_name("dataframes.py").read_text()
+    assert of_client == of_runner.replace("lattice_worker.runner.encoding", "lattice_client.convert")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
-from lattice_worker.runner.values import decode_value
+from lattice_worker.runner.encoding.values import decode_value
 from tests import hostile
 from tests.examples import SEED, examples
 from tests.hostile import BLOCKING, Plan, act, act_async, act_each, act_twice, is_expected, plan_of

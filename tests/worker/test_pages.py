@@ -13,8 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.runner import pages
-from lattice_worker.runner.pages import HUGE_PAGE_BYTES, MIN_HUGE_BYTES, MIN_MAPPED_BYTES, WINDOW_BYTES, HugePages, fill
+from lattice_worker.runner.encoding import pages
+from lattice_worker.runner.encoding.pages import (
+    HUGE_PAGE_BYTES,
+    MIN_HUGE_BYTES,
+    MIN_MAPPED_BYTES,
+    WINDOW_BYTES,
+    HugePages,
+    fill,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_NAMESPACE = pytest.mark.skipif(os.geteuid() != 0, reason="a file system is mounted")
@@ -114,7 +121,7 @@ def test_full_store_raises_an_error_and_does_not_end_the_process(size: int, shor
     """A write through a mapping into a page that cannot be had is a signal that ends the process."""
     script = f"""
 import errno, io, os, sys
-from lattice_worker.runner.pages import HugePages, fill
+from lattice_worker.runner.encoding.pages import HugePages, fill
 size, raised = {size} << 20, 0
 for number in range(8):
     name = f"{{sys.argv[1]}}/{{number}}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.runner import process_tree
+from lattice_worker.runner.surroundings import process_tree
 
 
 def test_a_child_that_the_kernel_left_out_once_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
 from lattice_client import context
-from lattice_worker.runner.values import decode_value
+from lattice_worker.runner.encoding.values import decode_value
 from tests.worker.head import LIMIT_BYTES, Pair, Stream
 from tests.worker.shared import SharedWorker
 

@@ -5,7 +5,7 @@ import sys
 
 POLICY = """
 import asyncio, warnings
-from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.surroundings.reset import Baseline
 
 warnings.simplefilter("ignore", DeprecationWarning)
 asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())

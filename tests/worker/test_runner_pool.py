@@ -9,7 +9,7 @@ import pytest
 
 from lattice_worker.pool.invocation import RunnerKey
 from lattice_worker.pool.runner_pool import Pool
-from lattice_worker.runner.process_tree import children_of
+from lattice_worker.runner.surroundings.process_tree import children_of
 from lattice_worker.store.artifact_staging import INCOMING, PREFIX, REPORTED, ArtifactStaging
 
 

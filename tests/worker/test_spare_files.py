@@ -21,9 +21,9 @@ import pytest
 from lattice.v1 import payload_pb2
 
 from lattice_worker.config import HEAD_STORE
-from lattice_worker.runner import spare_files
-from lattice_worker.runner.artifacts import Encoder, create_artifact, open_artifact
-from lattice_worker.runner.spare_files import SPARES, claimed, delete_spares, opened
+from lattice_worker.runner.encoding import spare_files
+from lattice_worker.runner.encoding.artifacts import Encoder, create_artifact, open_artifact
+from lattice_worker.runner.encoding.spare_files import SPARES, claimed, delete_spares, opened
 from lattice_worker.sandbox.results import inlined, screened
 from lattice_worker.store.artifact_staging import ArtifactStaging
 from lattice_worker.store.local_store import LocalStore
@@ -201,7 +201,7 @@ def test_no_spares_are_kept_where_the_kernel_does_not_count_mappings(short_path:
     script = """
 import asyncio, os, sys
 from pathlib import Path
-from lattice_server.engine import spare_keeper as of_server
+from lattice_server.engine.stores import spare_keeper as of_server
 from lattice_worker.store import spare_keeper as of_worker
 async def main():
     for folder in map(Path, sys.argv[1:]):
@@ -254,7 +254,7 @@ def test_process_survives_that_a_reader_breaks_its_lease(store: Path) -> None:
     script = """
 import fcntl, os, signal, sys
 sys.path.insert(0, sys.argv[2])
-from lattice_worker.runner.spare_files import is_unused
+from lattice_worker.runner.encoding.spare_files import is_unused
 own = fcntl.fcntl
 def lease(descriptor, command, argument):
     found = own(descriptor, command, argument)

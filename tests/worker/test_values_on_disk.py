@@ -43,8 +43,8 @@ async def fetch(store):
 WRITES = """
 import os
 from pathlib import Path
-from lattice_worker.runner.artifacts import Encoder, StoreFullError, open_artifact
-from lattice_worker.runner.failures import failure_of
+from lattice_worker.runner.encoding.artifacts import Encoder, StoreFullError, open_artifact
+from lattice_worker.runner.invocation.failures import failure_of
 
 memory, disk = Path(os.environ["MEMORY"]), Path(os.environ["DISK"])
 spare, made = memory / "spares" / "one", memory / "made"
@@ -201,7 +201,7 @@ from pathlib import Path
 from zipfile import ZipFile
 from lattice.v1 import task_pb2
 from lattice_worker.store import local_store as module
-from lattice_worker.runner.spare_files import SPARES
+from lattice_worker.runner.encoding.spare_files import SPARES
 module.RETRY_S = 0.0
 spare = Path(os.environ["MEMORY"], SPARES, "spare")
 spare.parent.mkdir()

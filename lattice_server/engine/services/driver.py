@@ -37,7 +37,7 @@ from lattice_server.core.services.messages import (
 from lattice_server.core.tenancy import Reach, id_of
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import ServiceObserver
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services import answers, instance_runs
 from lattice_server.engine.services.entry import InstanceRun, ServiceEntry
 

@@ -9,7 +9,7 @@ from lattice_server.core.model import Bundle
 from lattice_server.core.services.budgets import Budget
 from lattice_server.core.services.model import ServiceFailure
 from lattice_server.core.services.service import Service
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services.log import ServiceLog
 
 Use = tuple[str, str, int]  # The key of a run, a task of it and its attempt.

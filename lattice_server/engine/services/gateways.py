@@ -19,7 +19,7 @@ from lattice_server.core.model import NODE_LABEL, Function, Resources, TaskSpec,
 from lattice_server.core.tenancy import SEPARATOR
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import ServiceObserver
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.authority import Authority
 from lattice_server.engine.services.instance_runs import ONCE

@@ -18,7 +18,7 @@ from lattice_server.core.services.instances import Instance
 from lattice_server.core.services.model import FailureKind, ServiceFailure, ServiceSpec
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services.entry import ServiceEntry
 
 TASK_ID = "instance"

@@ -27,7 +27,7 @@ from lattice_server.core.services.service import Service
 from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import ServiceObserver
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.addresses import Addresses
 from lattice_server.engine.services.driver import ServiceDriver

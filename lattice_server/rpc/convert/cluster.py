@@ -7,7 +7,7 @@ from lattice.v1 import cluster_pb2, resources_pb2
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import NodeStatus, NodeView
 from lattice_server.core.run.open_run import MAX_QUESTIONS
-from lattice_server.engine.usage import Usage
+from lattice_server.engine.stores.usage import Usage
 from lattice_server.rpc.chunking import PART_BYTES, UPLOAD_CHUNK_BYTES
 from lattice_server.rpc.convert.resources import (
     ISOLATION_TO_PROTO,

@@ -12,8 +12,8 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError, Message
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_server.engine.journal_port import JournalDamagedError, JournalReader
-from lattice_server.engine.journal_records import StoredRun, StoredWorkflow
+from lattice_server.engine.recording.journal_port import JournalDamagedError, JournalReader
+from lattice_server.engine.recording.journal_records import StoredRun, StoredWorkflow
 
 Document = dict[str, Any]
 Made = TypeVar("Made", bound=Message)

@@ -13,10 +13,10 @@ from lattice_server.core.messages import RunEvent, TaskFailed, TasksAdded, TaskS
 from lattice_server.core.model import Bundle, FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.steps import Steps, stepwise
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.journal_records import Code
-from lattice_server.engine.run_codec import ReadCode, RecordedEvent, RunSettings
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.recording.journal_records import Code
+from lattice_server.engine.recording.run_codec import ReadCode, RecordedEvent, RunSettings
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.stores.code_store import CodeStore
 from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.functions import bundle_from_proto, code_to_proto, function_from_proto
 from lattice_server.rpc.convert.payloads import fill_payload, payload_from_proto, payloads_to_proto

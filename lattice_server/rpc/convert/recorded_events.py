@@ -26,7 +26,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Failure, Payload
-from lattice_server.engine.run_codec import RecordedEvent
+from lattice_server.engine.recording.run_codec import RecordedEvent
 from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, payload_from_proto
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO

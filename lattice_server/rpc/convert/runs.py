@@ -8,9 +8,9 @@ from lattice_server.core.run.run import Run
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import RunState, TaskState
 from lattice_server.core.tenancy import id_of
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import WorkflowEntry
+from lattice_server.engine.workflows.workflow_store import WorkflowEntry
 from lattice_server.rpc.convert.functions import code_to_proto
 from lattice_server.rpc.convert.payloads import (
     JSON,

@@ -5,7 +5,7 @@ from itertools import islice
 
 from lattice.v1 import worker_pb2
 
-from lattice_server.engine.spans import ReportedSpan, Scalar, SpanEvent
+from lattice_server.engine.workers.spans import ReportedSpan, Scalar, SpanEvent
 
 MAX_SPANS = 512
 MAX_ITEMS = 64

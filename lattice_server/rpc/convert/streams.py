@@ -8,8 +8,8 @@ from lattice.v1 import results_pb2, run_pb2, worker_pb2
 from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import AttemptProgressed, AttemptStreamed
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload
-from lattice_server.engine.chunk_log import Batch, Chunk, Progress
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.chunk_log import Batch, Chunk, Progress
+from lattice_server.engine.runs.entry import RunEntry
 from lattice_server.rpc.chunking import in_parts
 from lattice_server.rpc.convert.payloads import fill_payload, payload_from_proto
 

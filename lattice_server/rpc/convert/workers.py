@@ -21,8 +21,8 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind
 from lattice_server.core.tenancy import id_of
-from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.ports import Machine, Membership
+from lattice_server.engine.workers.clock_offset import WorkerClock
 from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import (
     failure_from_proto,

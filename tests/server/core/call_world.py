@@ -28,7 +28,7 @@ from lattice_server.core.model import Failure, FailureKind, FailurePolicy, Paylo
 from lattice_server.core.run import dag
 from lattice_server.core.run.run import Run
 from lattice_server.core.scheduling.scheduler import Scheduler
-from lattice_server.engine import calls
+from lattice_server.engine.runs import calls
 
 CANCELLED = Failure(FailureKind.CANCELLED, "cancelled")
 DONE = {"out": Payload("application/json", "1")}

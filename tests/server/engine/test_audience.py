@@ -8,8 +8,8 @@ import pytest
 
 from lattice_server.core.messages import RunFinished, RunStarted
 from lattice_server.core.states import RunState
-from lattice_server.engine.audience import GROUP, PAUSE_S, Audience
-from lattice_server.engine.run_log import RunLog
+from lattice_server.engine.runs.audience import GROUP, PAUSE_S, Audience
+from lattice_server.engine.runs.log import RunLog
 
 READERS = 5 * GROUP
 TIMEOUT_S = 60.0

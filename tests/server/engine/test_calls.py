@@ -9,7 +9,7 @@ from lattice_server.core.messages import CallOutputs, TaskAwaits, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, Isolation, Payload
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import TaskState
-from lattice_server.engine import calls
+from lattice_server.engine.runs import calls
 from tests.server.core.graphs import task
 
 PICKLE = "application/vnd.lattice.cloudpickle"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lattice_server.core.messages import RunFinished, TaskProgressed, TaskStarted, TaskStreamed
 from lattice_server.core.model import Isolation, Payload
 from lattice_server.core.states import RunState
-from lattice_server.engine.chunk_log import Batch, Chunk, Progress, RunChunks, TaskStream
-from lattice_server.engine.chunk_store import ChunkStore, log_of
-from lattice_server.engine.usage import Bound
+from lattice_server.engine.runs.chunk_log import Batch, Chunk, Progress, RunChunks, TaskStream
+from lattice_server.engine.runs.chunk_store import ChunkStore, log_of
+from lattice_server.engine.stores.usage import Bound
 
 JSON = "application/json"
 

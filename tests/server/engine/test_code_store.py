@@ -7,8 +7,8 @@ import pytest
 from lattice_server.core.errors import ExhaustedError, PreconditionError
 from lattice_server.core.model import Bundle, Function
 from lattice_server.core.tenancy import EVERYTHING, Reach
-from lattice_server.engine.code_store import CodeStore, SentCode
-from lattice_server.engine.usage import Bound
+from lattice_server.engine.stores.code_store import CodeStore, SentCode
+from lattice_server.engine.stores.usage import Bound
 
 A, B = "tenant-a", "tenant-b"
 

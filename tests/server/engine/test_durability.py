@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from lattice_server.engine.durability import Durability
-from lattice_server.engine.journal_port import JournalBrokenError, JournalError
-from lattice_server.engine.journal_records import DroppedRun
+from lattice_server.engine.recording.durability import Durability
+from lattice_server.engine.recording.journal_port import JournalBrokenError, JournalError
+from lattice_server.engine.recording.journal_records import DroppedRun
 
 
 class Told:

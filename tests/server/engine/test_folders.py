@@ -12,8 +12,8 @@ IN_A_NAMESPACE = pytest.mark.skipif(os.geteuid() != 0, reason="file systems are 
 WRITES = """
 import asyncio, sys
 from lattice_server.core.errors import ExhaustedError
-from lattice_server.engine.store_folder import StoreError
-from lattice_server.engine.artifact_store import ArtifactStore
+from lattice_server.engine.stores.store_folder import StoreError
+from lattice_server.engine.stores.artifact_store import ArtifactStore
 
 MIB = 1024 * 1024
 store = None

@@ -16,15 +16,15 @@ from lattice_server.core.model import FailureKind, Payload
 from lattice_server.core.run.run import Bounds
 from lattice_server.core.states import RunState
 from lattice_server.core.tenancy import Reach, key_of
-from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.draft_graphs import SPEC_BYTES, DraftGraphs
-from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RUN_BYTES, TASK_BYTES, RunEntry
-from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.usage import Bound
+from lattice_server.engine.runs.admission import Admission
+from lattice_server.engine.runs.ended_runs import Retention
+from lattice_server.engine.runs.entry import RUN_BYTES, TASK_BYTES, RunEntry
+from lattice_server.engine.stores.code_store import CodeStore
+from lattice_server.engine.stores.usage import Bound
+from lattice_server.engine.workers.sessions import Sessions
+from lattice_server.engine.workflows.draft_graphs import SPEC_BYTES, DraftGraphs
 from tests.server.core.graphs import task, workflow
 from tests.server.engine.test_orchestrator import ONE_TASK, STOPPED, Holdings
 

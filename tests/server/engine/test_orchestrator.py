@@ -31,18 +31,18 @@ from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.core.states import RunState
 from lattice_server.core.steps import STEP_ITEMS
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.ended_ids import EndedIds
-from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.outbox import Connection
-from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.uploads import Name, Uploads
-from lattice_server.engine.usage import Bound
-from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.engine.runs.admission import Admission
+from lattice_server.engine.runs.ended_ids import EndedIds
+from lattice_server.engine.runs.ended_runs import Retention
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.stores.code_store import CodeStore
+from lattice_server.engine.stores.uploads import Name, Uploads
+from lattice_server.engine.stores.usage import Bound
+from lattice_server.engine.workers.outbox import Connection
+from lattice_server.engine.workers.sessions import Sessions
+from lattice_server.engine.workflows.workflow_store import WorkflowStore
 from lattice_server.rpc.convert.runs import run_to_proto, task_to_proto
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
@@ -602,7 +602,7 @@ def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.Monk
     """The monotonic clock stands still meanwhile, and wall time advances."""
     machines_s, people_s = 100.0, 1_000_000.0
     clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
-    for module in ("orchestrator", "run_driver", "run_starter"):
+    for module in ("orchestrator", "commands.driver", "commands.starter"):
         monkeypatch.setattr(f"lattice_server.engine.{module}.time", clocks)
 
     def pass_time(seconds: float, suspended: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from lattice_server.core.errors import RangeError
 from lattice_server.core.messages import RunFinished, RunStarted, TaskCancelled, TaskLogged
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.states import RunState
-from lattice_server.engine.run_log import RunLog
+from lattice_server.engine.runs.log import RunLog
 
 CANCELLED = Failure(FailureKind.CANCELLED, "")
 FINISHED = RunFinished(RunState.SUCCEEDED, None)

@@ -8,8 +8,8 @@ import pytest
 
 from lattice_server.core.messages import DropArtifact, ForgetSession, WelcomeWorker
 from lattice_server.core.model import Artifact
-from lattice_server.engine.outbox import ACK_AFTER_MESSAGES, Connection
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.workers.outbox import ACK_AFTER_MESSAGES, Connection
+from lattice_server.engine.workers.sessions import Sessions
 
 INTERVAL_S, LIMIT_S = 0.05, 0.2
 

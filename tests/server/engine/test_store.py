@@ -13,11 +13,11 @@ import pytest
 
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
-from lattice_server.engine import store_folder
-from lattice_server.engine.artifact_store import HEAD, UPLOAD_BOUND, ArtifactStore
-from lattice_server.engine.spare_keeper import SPARES, SpareKeeper
-from lattice_server.engine.usage import Bound
-from lattice_worker.runner import artifacts
+from lattice_server.engine.stores import store_folder
+from lattice_server.engine.stores.artifact_store import HEAD, UPLOAD_BOUND, ArtifactStore
+from lattice_server.engine.stores.spare_keeper import SPARES, SpareKeeper
+from lattice_server.engine.stores.usage import Bound
+from lattice_worker.runner.encoding import artifacts
 
 TIMEOUT_S = 60.0
 LARGE = 3 << 20

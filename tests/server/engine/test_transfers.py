@@ -9,10 +9,10 @@ import pytest
 from lattice_server.core.errors import NotFoundError, UnavailableError
 from lattice_server.core.messages import ForgetSession, SendArtifact, WelcomeWorker
 from lattice_server.core.model import Artifact
-from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.artifact_transfer import AHEAD, Transfers
-from lattice_server.engine.outbox import Connection
-from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.workers.artifact_transfer import AHEAD, Transfers
+from lattice_server.engine.workers.outbox import Connection
+from lattice_server.engine.workers.sessions import Sessions
 
 OFFSET = 7
 ARTIFACT = Artifact("0" * 32, OFFSET + 3 * AHEAD, "n")

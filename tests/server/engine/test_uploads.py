@@ -8,10 +8,10 @@ import pytest
 
 from lattice_server.core.errors import ExhaustedError
 from lattice_server.core.model import Artifact
-from lattice_server.engine.artifact_files import UPLOADS
-from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.uploads import Uploads
-from lattice_server.engine.usage import Bound
+from lattice_server.engine.stores.artifact_files import UPLOADS
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.stores.uploads import Uploads
+from lattice_server.engine.stores.usage import Bound
 
 X, Y = Artifact("x" * 64, 10, "head"), Artifact("y" * 64, 20, "head")
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lattice_server.core.errors import ExhaustedError
 from lattice_server.core.model import Artifact, Bundle, Function
 from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.ended_runs import FETCH_S, EndedRuns, Retention
-from lattice_server.engine.usage import Bound, Evictable, Usage
+from lattice_server.engine.runs.ended_runs import FETCH_S, EndedRuns, Retention
+from lattice_server.engine.stores.code_store import CodeStore
+from lattice_server.engine.stores.usage import Bound, Evictable, Usage
 from tests.server.engine.test_orchestrator import Holdings
 
 TENANTS = st.sampled_from(["a", "b", "c"])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lattice_server.engine.clock_offset import WINDOW, WorkerClock
+from lattice_server.engine.workers.clock_offset import WINDOW, WorkerClock
 
 SKEW_S = 3600.0
 

@@ -14,7 +14,7 @@ import ray
 
 from lattice_server.executors import ray_transfer
 from lattice_server.executors.ray_transfer import AHEAD, Exchange, Part, host_name
-from lattice_worker.runner.spare_files import is_unused
+from lattice_worker.runner.encoding.spare_files import is_unused
 
 PATIENCE_S = 7.0
 VALUE = bytes(range(4 * 3 * AHEAD + 1))

@@ -10,8 +10,8 @@ import pytest
 
 from lattice_server.config import ServerConfig, ServerTls
 from lattice_server.core.model import Capacity, Gpu
-from lattice_server.engine.artifact_store import HEAD as HEAD_STORE
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.stores.artifact_store import HEAD as HEAD_STORE
 from lattice_server.executors import bind_address
 from lattice_server.executors.bind_address import ray_interface
 from lattice_server.executors.ray_reservation import (

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from lattice_server.engine.journal_port import Journal, JournalRetention
+from lattice_server.engine.recording.journal_port import Journal, JournalRetention
 from lattice_server.journal.postgres import PostgresSettings, open_postgres
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from tests.server.journal.listening import Listening

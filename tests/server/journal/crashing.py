@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lattice_server.engine.journal_port import Journal, JournalError, JournalListener
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_port import Journal, JournalError, JournalListener
+from lattice_server.engine.recording.journal_records import (
     Code,
     DroppedRun,
     EventRecorded,

@@ -4,8 +4,8 @@ import sys
 import time
 from pathlib import Path
 
-from lattice_server.engine.journal_port import JournalFullError
-from lattice_server.engine.journal_records import RunDeleted
+from lattice_server.engine.recording.journal_port import JournalFullError
+from lattice_server.engine.recording.journal_records import RunDeleted
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from tests.server.journal.listening import Listening, accepted, ended, event, store, whole
 

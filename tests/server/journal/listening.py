@@ -4,8 +4,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from lattice_server.engine.journal_port import Journal, JournalError
-from lattice_server.engine.journal_records import Code, DroppedRun, EventRecorded, Record, RunAccepted, RunEnded
+from lattice_server.engine.recording.journal_port import Journal, JournalError
+from lattice_server.engine.recording.journal_records import (
+    Code,
+    DroppedRun,
+    EventRecorded,
+    Record,
+    RunAccepted,
+    RunEnded,
+)
 
 WAIT_S = 30.0
 

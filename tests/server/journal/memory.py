@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import assert_never
 
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     JournalBrokenError,
     JournalDamagedError,
     JournalListener,
@@ -14,7 +14,7 @@ from lattice_server.engine.journal_port import (
     JournalRetention,
     JournalStats,
 )
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_records import (
     Code,
     DroppedRun,
     EventRecorded,

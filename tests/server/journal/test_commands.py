@@ -16,8 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_server.engine.journal_port import JournalError
-from lattice_server.engine.journal_records import Code, EventRecorded, Record, RunDeleted, RunEnded, WorkflowStored
+from lattice_server.engine.recording.journal_port import JournalError
+from lattice_server.engine.recording.journal_records import (
+    Code,
+    EventRecorded,
+    Record,
+    RunDeleted,
+    RunEnded,
+    WorkflowStored,
+)
 from lattice_server.journal import backup
 from lattice_server.journal.checking import Damage, JournalCheck
 from lattice_server.journal.sqlite import open_sqlite

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from lattice_server.engine.journal_port import JournalBrokenError, JournalDamagedError, JournalRetention
-from lattice_server.engine.journal_records import (
+from lattice_server.engine.recording.journal_port import JournalBrokenError, JournalDamagedError, JournalRetention
+from lattice_server.engine.recording.journal_records import (
     DroppedRun,
     EventRecorded,
     ResultsRead,

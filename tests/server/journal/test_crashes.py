@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_server.engine.journal_port import JournalDamagedError
+from lattice_server.engine.recording.journal_port import JournalDamagedError
 from lattice_server.journal.failpoints import NAMES, VARIABLE
 from lattice_server.journal.sqlite import open_sqlite
 from tests.server.journal.crashing import PLACE, SETTINGS, check

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_server.engine.journal_records import TasksDefined, WorkflowStored
+from lattice_server.engine.recording.journal_records import TasksDefined, WorkflowStored
 from lattice_server.journal.sqlite import open_sqlite
 from lattice_server.journal.sqlite_schema import MIGRATIONS
 from tests.server.journal.listening import Listening, accepted, code, ended, event, store, whole

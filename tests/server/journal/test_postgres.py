@@ -10,7 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     Journal,
     JournalBrokenError,
     JournalError,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_server.engine.journal_port import JournalBrokenError, JournalDamagedError
+from lattice_server.engine.recording.journal_port import JournalBrokenError, JournalDamagedError
 from lattice_server.journal.files import Files
 from lattice_server.journal.sqlite import Sync, open_sqlite
 from tests.server.journal.crashing import SETTINGS, Load, Notes, check, fact_of

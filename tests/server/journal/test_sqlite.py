@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lattice_server.engine.journal_port import (
+from lattice_server.engine.recording.journal_port import (
     Journal,
     JournalBrokenError,
     JournalBusyError,
@@ -22,7 +22,7 @@ from lattice_server.engine.journal_port import (
     JournalRetention,
     JournalVersionError,
 )
-from lattice_server.engine.journal_records import Record, ResultsRead, RunDeleted
+from lattice_server.engine.recording.journal_records import Record, ResultsRead, RunDeleted
 from lattice_server.journal.failpoints import FAILPOINTS
 from lattice_server.journal.group_commit import LATER_RECORDS, Limits
 from lattice_server.journal.record_writer import STEP_ROWS, RecordWriter

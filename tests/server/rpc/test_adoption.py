@@ -9,7 +9,7 @@ from unittest import mock
 
 from lattice.v1 import payload_pb2, results_pb2, run_pb2, worker_pb2
 
-from lattice_server.engine.durability import Durability
+from lattice_server.engine.recording.durability import Durability
 from tests.server.apps import NoWorkers
 from tests.server.rpc.scripted_worker import SESSION_TTL_S, TIMEOUT_S, Scene, ScriptedWorker, on_stage, succeeded
 

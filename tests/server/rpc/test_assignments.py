@@ -17,8 +17,8 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Function, Payload
-from lattice_server.engine.code_store import SentCode
-from lattice_server.engine.outbox import Connection
+from lattice_server.engine.stores.code_store import SentCode
+from lattice_server.engine.workers.outbox import Connection
 from lattice_server.rpc.worker_messages import responses
 from tests.server.core.scenes import Scene, node, ready
 

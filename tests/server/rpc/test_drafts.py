@@ -11,9 +11,9 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec
 from lattice_server.core.tenancy import UNNAMED
-from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.draft_graphs import SPEC_BYTES, DraftGraphs
-from lattice_server.engine.usage import Bound
+from lattice_server.engine.stores.artifact_store import ArtifactStore
+from lattice_server.engine.stores.usage import Bound
+from lattice_server.engine.workflows.draft_graphs import SPEC_BYTES, DraftGraphs
 from tests.server.rpc.callers import Caller, fresh, function, graph, output, refused, run, task
 
 CHAIN = [task("t0"), *(task(f"t{number}", inputs={"x": output(f"t{number - 1}")}) for number in range(1, 7))]

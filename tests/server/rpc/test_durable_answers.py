@@ -9,10 +9,10 @@ import pytest
 
 from lattice_server.core.errors import UnavailableError
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.durability import Durability
-from lattice_server.engine.journal_port import JournalBrokenError
-from lattice_server.engine.journal_records import Record
-from lattice_server.engine.run_journal import RunJournal
+from lattice_server.engine.recording.durability import Durability
+from lattice_server.engine.recording.journal_port import JournalBrokenError
+from lattice_server.engine.recording.journal_records import Record
+from lattice_server.engine.recording.run_journal import RunJournal
 from lattice_server.rpc.durable_answers import DurableAnswers
 
 

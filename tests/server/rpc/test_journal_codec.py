@@ -41,8 +41,8 @@ from lattice_server.core.run import dag
 from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
 from lattice_server.core.steps import finish
-from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.runs.entry import RunEntry
+from lattice_server.engine.stores.code_store import CodeStore
 from lattice_server.rpc.convert.functions import bundle_from_proto, function_from_proto
 from lattice_server.rpc.convert.journal import ContractCodec
 from lattice_server.rpc.convert.recorded_events import FACTS

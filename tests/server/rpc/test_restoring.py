@@ -12,9 +12,9 @@ import grpc
 import pytest
 from lattice.v1 import cluster_pb2, errors_pb2, run_pb2, worker_pb2, workflow_pb2
 
-from lattice_server.engine.journal_records import StoredRun
-from lattice_server.engine.run_maker import Recorded
-from lattice_server.engine.run_restorer import RunRestorer
+from lattice_server.engine.recording.journal_records import StoredRun
+from lattice_server.engine.restoring.run_maker import Recorded
+from lattice_server.engine.restoring.run_restorer import RunRestorer
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.files import Files
 from tests.server.apps import NoWorkers, serving

@@ -243,7 +243,7 @@ async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest
 @task(isolation="subprocess")
 def forge(x: int) -> int:
     """Send frames of spans of its own, and make a span the proper way."""
-    from lattice_worker.runner.output import current
+    from lattice_worker.runner.invocation.output import current
 
     output = current.get()
     assert output is not None

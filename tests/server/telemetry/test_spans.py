@@ -15,7 +15,7 @@ from lattice_server.core import messages
 from lattice_server.core.messages import Assign, AttemptInputs
 from lattice_server.core.model import Failure, FailureKind, Function, Isolation, Resources, TaskSpec
 from lattice_server.core.states import RunState
-from lattice_server.engine.spans import ReportedSpan
+from lattice_server.engine.workers.spans import ReportedSpan
 from lattice_server.rpc.convert.spans import MAX_ITEMS, MAX_NAME, MAX_SPANS, MAX_TEXT, spans_from_proto
 from lattice_server.telemetry.otel import Spans
 from lattice_server.telemetry.run_tracer import RunTracer

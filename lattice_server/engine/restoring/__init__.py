@@ -1,0 +1,1 @@
+"""Makes runs again from the journal."""

@@ -1,0 +1,1 @@
+"""Stored workflows, and graphs that callers send in parts."""

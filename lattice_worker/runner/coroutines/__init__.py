@@ -1,0 +1,1 @@
+"""Async invocations: attempts that share a process and an event loop, kept apart."""

@@ -1,0 +1,1 @@
+"""How values, code and errors travel between processes, and the files of large values."""

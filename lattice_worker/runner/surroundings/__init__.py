@@ -1,0 +1,1 @@
+"""The state of a process around the tasks that it runs: its environment, memory limit and children."""
