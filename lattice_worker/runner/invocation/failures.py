@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle
 
+import lattice_worker
 from lattice_worker.runner.encoding.artifacts import Encoder, StoreFullError
 from lattice_worker.runner.encoding.exceptions import pickled
 from lattice_worker.runner.encoding.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
@@ -20,7 +21,7 @@ from lattice_worker.runner.encoding.values import PayloadError
 from lattice_worker.runner.invocation.functions import shown
 
 # The files of the worker, and the module by which tasks call it.
-HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+HERE = os.path.dirname(lattice_worker.__file__) + os.sep
 CONTEXT = os.sep + os.path.join("lattice_client", "context.py")
 WAITS = concurrent.futures._base.__file__
 # What pickles values: where that fails it is the value that is at fault, and the message says which part of it.
