@@ -11,7 +11,7 @@ from lattice_client.graph.names import texts_of
 from lattice_client.runs.paging import PAGE_SIZE, pages
 from lattice_client.runs.questions import inline_payload
 from lattice_client.transport.channel import Channel
-from lattice_client.transport.requests import duration, made
+from lattice_client.transport.requests import check_wait, duration, made, whole_number
 
 
 class Calls:
@@ -27,6 +27,7 @@ class Calls:
 
     async def list_runs(self, limit: int, states: Sequence[str], labels: Mapping[str, str] | None) -> list[run_pb2.Run]:
         """Return the newest runs with one of some states and all of some labels."""
+        limit = whole_number(limit, "limit")
         numbers = [run_state(state) for state in texts_of("the states of runs", "a list of states", states)]
         request = made(workflow_pb2.ListRunsRequest, page_size=min(limit, PAGE_SIZE), states=numbers, labels=labels)
         found: list[run_pb2.Run] = []
@@ -104,6 +105,7 @@ class Calls:
 
     async def drain_node(self, node_id: str, deadline_s: float | None = None) -> cluster_pb2.Node:
         """Drain a node; return it in its present state."""
+        check_wait(deadline_s, "deadline")
         limit = None if deadline_s is None else duration(deadline_s)
         request = made(cluster_pb2.DrainNodeRequest, node_id=node_id, request_id=uuid4().hex, deadline=limit)
         return (await self._rpc.call(self._rpc.cluster.DrainNode, request)).node

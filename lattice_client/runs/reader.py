@@ -27,7 +27,7 @@ from lattice_client.runs.ids import RunId, task_id_of
 from lattice_client.runs.paging import PAGE_SIZE, pages
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.reconnection import MAX_BACKOFF_S, OnLoss, Reconnection, limited
-from lattice_client.transport.requests import duration, made
+from lattice_client.transport.requests import duration, made, whole_number
 
 if TYPE_CHECKING:
     from grpc.aio import UnaryUnaryMultiCallable
@@ -173,6 +173,7 @@ class Reader:
 
         By default the outputs are fetched, and not decoded. `on_loss` is called when the stream breaks.
         """
+        after = whole_number(after, "after")
         reconnection = Reconnection(self._rpc, run_id, on_loss)
         until = math.inf if selection.until is None else selection.until
         is_complete = after >= until

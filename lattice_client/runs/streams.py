@@ -14,7 +14,7 @@ from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.ids import task_id_of
 from lattice_client.transport.reconnection import OnLoss, Reconnection
-from lattice_client.transport.requests import made
+from lattice_client.transport.requests import made, whole_number
 
 Streaming = LatticeTask | TaskOutput | str
 OnRestart = Callable[[int], object]
@@ -59,7 +59,7 @@ async def fetched(
     on_loss: OnLoss | None = None,
 ) -> AsyncIterator[Chunk | Progress]:
     """Yield the chunks of one task or of all tasks of a run, to its end, with encoded values; and how far tasks are."""
-    position = dict(after or {})
+    position = _positions(after)
     task_id = "" if task is None else task_id_of(task)
     reconnection = Reconnection(api.channel, run_id, on_loss)
     is_complete = False
@@ -78,6 +78,15 @@ async def fetched(
         except errors.RequestError as error:
             if not is_complete:
                 await reconnection.wait(error)
+
+
+def _positions(after: Any) -> dict[str, int]:
+    """Return the numbers of chunks by task. Raises TypeError and ValueError."""
+    if after is None:
+        return {}
+    if not isinstance(after, Mapping):
+        raise TypeError(f"after must be a dict of the numbers of chunks by task id, not {after!r}")
+    return {task_id_of(task): whole_number(number, f"after[{task!r}]") for task, number in after.items()}
 
 
 async def chunks(

@@ -1,6 +1,7 @@
 """Owns building request messages. Rule: a value that a message cannot hold raises with the name of its field."""
 
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -56,6 +57,19 @@ def check_seconds(value: float, name: str) -> None:
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
 
 
+def whole_number(value: Any, name: str) -> int:
+    """Return a whole number, such as one of numpy. Raises TypeError for others, and ValueError below 0."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if found < 0:
+        raise ValueError(f"{name} must be at least 0, not {value!r}")
+    return found
+
+
 def duration(seconds: float) -> Duration:
-    """Return seconds as a Duration."""
+    """Return seconds as a Duration. Raises ValueError for a number that is not finite."""
+    if not math.isfinite(seconds):
+        raise ValueError(f"a duration must be a finite number of seconds, not {seconds!r}")
     return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

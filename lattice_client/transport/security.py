@@ -192,12 +192,12 @@ def _credentials(
     if authority is not None:
         try:
             context.load_verify_locations(authority)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise SecurityError(f"LATTICE_TLS_CA (tls_ca) {authority}: no certificates in PEM: {error}") from None
     if certificate is not None and key is not None:
         try:
             context.load_cert_chain(certificate, key, password=lambda: "")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             names = f"LATTICE_TLS_CERT (tls_cert) {certificate}, LATTICE_TLS_KEY (tls_key) {key}"
             raise SecurityError(f"{names}: no certificate with its key, in PEM and unencrypted: {error}") from None
     read = [None if path is None else Path(path).read_bytes() for path in (authority, key, certificate)]

@@ -15,6 +15,7 @@ from lattice_client import (
     LangGraphClient,
     LatticeClient,
     LatticeWorkflow,
+    Run,
     SecurityError,
     TargetError,
     TaskDefinitionError,
@@ -241,10 +242,8 @@ def test_a_wrong_setting_of_a_run_is_refused(client: LatticeClient, settings: di
 def test_wait_of_a_wrong_length_is_refused(
     client: LatticeClient, wait: Callable[[Any, Any], object], timeout: Any
 ) -> None:
-    workflow: LatticeWorkflow = client.create_workflow()
-    workflow.add_task(nothing)
     with pytest.raises(TypeError, match=r"timeout must be a number of seconds, not "):
-        wait(workflow.run(), timeout)
+        wait(started(client), timeout)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +269,36 @@ def test_argument_of_a_wrong_type_is_named(client: LatticeClient, call: Callable
 
     with pytest.raises(TaskDefinitionError, match=text):
         result()
+
+
+def started(client: LatticeClient) -> Run:
+    workflow: LatticeWorkflow = client.create_workflow()
+    workflow.add_task(nothing)
+    return workflow.run()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda client: client.list_runs(limit="5"), "limit must be a whole number, not '5'"),
+        (lambda client: client.list_runs(limit=-1), "limit must be at least 0, not -1"),
+        (lambda client: client.drain_node("n", deadline="soon"), "deadline must be a number of seconds, not 'soon'"),
+        (lambda client: client.drain_node("n", deadline=math.inf), "a duration must be a finite number of seconds"),
+        (lambda client: list(started(client).events(after=None)), "after must be a whole number, not None"),
+        (lambda client: list(started(client).chunks(after=5)), "after must be a dict .*, not 5"),
+        (lambda client: list(started(client).chunks(after={"t": 1.5})), r"after\['t'\] must be a whole number"),
+    ],
+)
+def test_number_of_a_wrong_kind_is_named(client: LatticeClient, call: Callable[[Any], Any], text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
+        call(client)
+
+
+@pytest.mark.parametrize("paths", [{"tls_ca": 1.5}, {"tls_cert": 1.5, "tls_key": "key"}])
+def test_path_of_a_wrong_type_is_named(paths: dict[str, Any]) -> None:
+    (name,) = (name for name, value in paths.items() if value == 1.5)
+    with pytest.raises(SecurityError, match=rf"\({name}\) 1\.5"):
+        LatticeClient("localhost:1", **paths)
 
 
 def test_client_refuses_settings_that_it_could_not_use_later() -> None:
