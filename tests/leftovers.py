@@ -38,8 +38,16 @@ def folders(own: Path) -> set[Path]:
     # Each test looks twice, mostly at nothing: `glob` and `resolve` of pathlib would take milliseconds.
     top = os.path.realpath(own)
     in_memory = [SHARED_MEMORY / name for name in os.listdir(SHARED_MEMORY) if name.startswith(PREFIXES)]
-    found = {path for path in in_memory if os.path.realpath(path / "disk").startswith(f"{top}{os.sep}")}
+    found = {path for path in in_memory if _disk_of(path).startswith(f"{top}{os.sep}")}
     return found | {own / name for name in os.listdir(own) if name.startswith(PREFIXES)}
+
+
+def _disk_of(folder: Path) -> str:
+    """Return the whole path of a folder's part on disk; a text without one for a folder that is deleted meanwhile."""
+    try:
+        return os.readlink(folder / "disk")
+    except OSError:
+        return ""
 
 
 def unlocked(own: Path) -> set[Path]:

@@ -50,3 +50,8 @@ def test_files_and_processes_are_left_when_they_are_of_this_session(own: Path) -
     assert found == [f"process {process.pid}: {' '.join(command)}", str(own / "file")]
     (own / "file").unlink()
     assert leftovers.left(own) == []
+
+
+def test_a_folder_that_its_server_deletes_meanwhile_is_not_left(own: Path) -> None:
+    (leftovers.SHARED_MEMORY / "lattice-head-1").mkdir()  # Its link is gone already.
+    assert leftovers.folders(own) == set()
