@@ -16,7 +16,7 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import METRICS, TASK_OUTPUT, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.flags import FiniteRange, Flags, check_role, noting, secured
+from lattice_server.flags import FiniteRange, Flags, check_effects, check_role, noting, secured
 from lattice_server.joining import become_worker
 from lattice_server.secrets_file import read_secrets
 from lattice_server.tokens import read_tokens
@@ -149,7 +149,9 @@ def start(**given: Any) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
     config = flags.gateways(flags.telemetry(flags.logging(_read(flags.config_file))))
     logs.set_up(config.log_format, config.log_level)
-    _serve(_config(flags, config))
+    config = _config(flags, config)
+    check_effects(click.get_current_context(), config)
+    _serve(config)
 
 
 def _config(flags: Flags, base: ServerConfig) -> ServerConfig:

@@ -40,6 +40,23 @@ def check_role(context: click.Context, *, is_worker: bool) -> None:
             )
 
 
+def check_effects(context: click.Context, config: ServerConfig) -> None:
+    """Refuse options without an effect beside the other settings. Raises click.UsageError.
+
+    The environment may have settings that another start uses.
+    """
+    idle = {
+        "node_ip": config.executor != "ray" and "--executor ray",
+        "ray_workers": not config.ray_address and "--ray-address",
+        "metrics_address": config.metrics != "prometheus" and "--metrics prometheus",
+        "journal_sync": config.journal == "memory" and "a journal, and this server has none",
+    }
+    for option in context.command.params:
+        needed = idle.get(option.name or "")
+        if needed and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} has no effect without {needed}")
+
+
 class FiniteRange(click.FloatRange):
     """A number in a range, and not NaN, which a range of click lets through, nor infinite."""
 
