@@ -43,7 +43,7 @@ def check_role(context: click.Context, *, is_worker: bool) -> None:
 def check_effects(context: click.Context, config: ServerConfig) -> None:
     """Refuse options without an effect beside the other settings. Raises click.UsageError.
 
-    The environment may have settings that another start uses.
+    The file of the configuration and the environment may have settings that another start uses.
     """
     idle = {
         "node_ip": config.executor != "ray" and "--executor ray",

@@ -187,22 +187,6 @@ def test_the_server_refuses_options_of_a_machine_that_joins(option: str) -> None
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
 
 
-@pytest.mark.parametrize(
-    ("options", "needed"),
-    [
-        ("--node-ip 127.0.0.1 --executor local", "--executor ray"),
-        ("--ray-workers 2", "--ray-address"),
-        ("--metrics-address 127.0.0.1:0 --metrics none", "--metrics prometheus"),
-        ("--journal-sync normal --journal memory", "a journal, and this server has none"),
-        ("--journal-sync normal --port 0", "a journal, and this server has none"),
-    ],
-)
-def test_the_server_refuses_options_without_an_effect(options: str, needed: str) -> None:
-    done = CliRunner().invoke(main, ["start", "--head", *options.split()])
-    text = f"Error: {options.split(maxsplit=1)[0]} has no effect without {needed}"
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, text)
-
-
 @pytest.mark.parametrize("option", ["--port 1", "--journal memory", "--executor local", "--metrics none"])
 def test_a_machine_that_joins_refuses_options_of_the_server(address: str, option: str) -> None:
     done = call(address, "start", "--worker", *option.split())
