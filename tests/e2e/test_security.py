@@ -30,7 +30,6 @@ TOKEN = "se-cret-0123456789"
 FAR = "10.1.2.3:1"
 WAIT_S = 60
 LARGE_BYTES = 3_000_000
-BARE = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
 SCRIPT = """
 from lattice_client import LatticeClient, task
 from tests.commands import LATTICE, START
@@ -65,6 +64,11 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def bare() -> dict[str, str]:
+    """Return the environment of this test without settings of Lattice."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
+
+
 @dataclass
 class Served:
     """A server of a process of its own."""
@@ -75,7 +79,7 @@ class Served:
 
     def line(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a `lattice` command against it, with only the given variables of Lattice in the environment."""
-        environment = {**BARE, "LATTICE_TARGET": self.address, **environment}
+        environment = {**bare(), "LATTICE_TARGET": self.address, **environment}
         command = [LATTICE, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
@@ -86,7 +90,7 @@ def served(errors: Path, *flags: str, **environment: str) -> Iterator[Served]:
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
-            command, env={**BARE, **environment}, stdout=subprocess.PIPE, stderr=stderr, text=True
+            command, env={**bare(), **environment}, stdout=subprocess.PIPE, stderr=stderr, text=True
         ) as process,
     ):
         assert process.stdout is not None
@@ -221,7 +225,7 @@ def test_a_server_is_refused_when_its_certificate_is_for_another_name(made: Cert
     tls = ServerTls(made.cert.read_bytes(), made.key.read_bytes(), None)
     with serving_aside(NoWorkers(), host="127.0.0.2", tls=tls) as address:
         command = [LATTICE, "status", "--addr", address, "--tls-ca", str(made.ca)]
-        done = subprocess.run(command, env=BARE, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        done = subprocess.run(command, env=bare(), capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 1
     assert "is for another name" in done.stderr
 
@@ -267,7 +271,7 @@ def test_nothing_is_served_or_dialled_beyond_this_machine_without_tls_and_a_toke
         (["status", "--addr", FAR], "would be dialled without TLS and a token"),
     ):
         done = subprocess.run(
-            [LATTICE, *command], env=BARE, capture_output=True, text=True, timeout=WAIT_S, check=False
+            [LATTICE, *command], env=bare(), capture_output=True, text=True, timeout=WAIT_S, check=False
         )
         assert done.returncode != 0
         assert text in " ".join(done.stderr.split())
@@ -303,7 +307,7 @@ def test_a_machine_joins_by_flags_that_show_no_token(
     command = [*START, "--worker", "--node-id", "another", "--num-cpus", "1", "--addr", safe.address, *shown]
     with (
         (tmp_path / "stderr").open("w") as stderr,
-        subprocess.Popen(command, env=BARE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(command, env=bare(), stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
     ):
         assert process.stdout is not None
         assert process.stdout.readline() == f"Joined {safe.address} as node another\n"
@@ -335,7 +339,7 @@ def test_a_worker_joins_and_runs_tasks_with_a_worker_token(made: Certificates) -
     with serving_aside(elsewhere, token=TOKEN, tls=tls) as address:
         command = [sys.executable, "-m", "lattice_worker", "--addr", address, "--node-id", "far", "--num-cpus", "1"]
         known = {f"LATTICE_{name.upper()}": str(path) for name, path in caller.items()}
-        worker = subprocess.Popen(command, env={**BARE, **known, "LATTICE_TOKEN": elsewhere.token})
+        worker = subprocess.Popen(command, env={**bare(), **known, "LATTICE_TOKEN": elsewhere.token})
         try:
             with LatticeClient(address, token=TOKEN, **caller) as client:
                 size = LARGE_BYTES
@@ -346,7 +350,7 @@ def test_a_worker_joins_and_runs_tasks_with_a_worker_token(made: Certificates) -
                 assert client.run_task(large, {"size": size}) == {"result": b"x" * size}
             refused = subprocess.run(
                 [*command, "--worker-id", "other"],
-                env={**BARE, **known, "LATTICE_TOKEN": "wrong"},
+                env={**bare(), **known, "LATTICE_TOKEN": "wrong"},
                 capture_output=True,
                 text=True,
                 timeout=WAIT_S,
@@ -389,7 +393,7 @@ def test_the_commands_of_the_page_start_a_safe_server(tmp_path: Path, monkeypatc
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-euc", caller],
-            env={**BARE, "PATH": path},
+            env={**bare(), "PATH": path},
             capture_output=True,
             text=True,
             timeout=WAIT_S,
