@@ -11,9 +11,9 @@ from tests.ports import free_port
 
 
 class Head:
-    """A server on one port and one journal, over several lives; None stands for the journal of its port."""
+    """A server on one port and one journal, a folder or a URL, over several lives; None is the journal of its port."""
 
-    def __init__(self, journal: Path | None, *flags: str) -> None:
+    def __init__(self, journal: Path | str | None, *flags: str) -> None:
         self.journal = journal
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -38,6 +38,11 @@ class Head:
         assert f"as node {node_id}" in agent.stdout.readline()
         self.agents[node_id] = agent
         return agent
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         """Kill the server, and wait until its own worker has ended by itself."""

@@ -1,4 +1,4 @@
-"""A head, its agents and their runners are killed at random under load; a checker outside compares histories."""
+"""A head, its agents and their runners are killed and paused at random under load; a checker compares histories."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,31 @@ from lattice_client import LatticeClient, Run, UnavailableError, task
 from tests.e2e import rooms
 from tests.e2e.heads import Head
 from tests.e2e.rooms import Room
+from tests.server.journal.postgres_server import running_postgres
 
 KILLS = int(os.environ.get("LATTICE_KILLS", "20"))
-RESULT_S = 120.0
+CLIENTS = 6
+# Runs that a client starts before it reads their results.
+RUNS = int(os.environ.get("LATTICE_RUNS", "1"))
+RESULT_S = 120.0 + RUNS
+LONGEST_PAUSE_S = 4.0
 PLACES = 5
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(120 + 30 * KILLS)]
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    found = Head(tmp_path / "journal", "--num-cpus", "0")
-    found.start()
-    for node_id in ("a", "b"):
-        found.join(node_id)
-    yield found
-    found.close()
+@pytest.fixture(params=["sqlite", "postgres"])
+def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Head]:
+    with ExitStack() as closing:
+        journal: str | Path = tmp_path / "journal"
+        if request.param == "postgres":
+            journal = closing.enter_context(running_postgres()).url
+        found = Head(journal, "--num-cpus", "0")
+        found.start()
+        closing.callback(found.close)
+        for node_id in ("a", "b"):
+            found.join(node_id)
+        yield found
 
 
 @task(retries=50)
@@ -75,14 +84,18 @@ class Load:
         count = 0
         with LatticeClient(self._head.address) as client:
             while not self._is_over.is_set():
-                run_id, count = f"run-{number}-{count}", count + 1
-                run = None
-                while run is None:
-                    # A start that is repeated with its id starts nothing twice.
-                    with suppress(UnavailableError):
-                        run = steps(client, self._room, run_id, random.Random(run_id))
+                ids = [f"run-{number}-{place}" for place in range(count, count + RUNS)]
+                count += RUNS
+                runs = [self._start(client, run_id) for run_id in ids]
+                self.results |= {run_id: self._result(run) for run_id, run in zip(ids, runs, strict=True)}
+
+    def _start(self, client: LatticeClient, run_id: str) -> Run:
+        """Start a run. A start that is repeated with its id starts nothing twice."""
+        while True:
+            with suppress(UnavailableError):
+                run = steps(client, self._room, run_id, random.Random(run_id))
                 self.started.append(run_id)
-                self.results[run_id] = self._result(run)
+                return run
 
     def _result(self, run: Run) -> Any:
         """Return the result of a run, or the error that it ended with."""
@@ -98,9 +111,11 @@ class Load:
 
 
 def kill(head: Head, dice: random.Random) -> str:
-    """Kill something at random; return what."""
-    what = dice.choices(["head", "agent", "runner"], [4, 1, 2])[0]
-    if what == "head":
+    """Kill or pause something at random; return what."""
+    what = dice.choices(["head", "agent", "runner", "pause"], [4, 1, 2, 1])[0]
+    if what == "pause":
+        pause(dice.choice([head.pid, *(agent.pid for agent in head.agents.values())]), dice)
+    elif what == "head":
         head.kill()
         time.sleep(dice.uniform(0, 0.5))
         head.start()
@@ -115,6 +130,13 @@ def kill(head: Head, dice: random.Random) -> str:
             runners = [process for process in agent.children(recursive=True) if not process.children()]
             dice.choice(runners).send_signal(signal.SIGKILL)
     return what
+
+
+def pause(pid: int, dice: random.Random) -> None:
+    """Stop a process for some time, which the others cannot tell from a machine that hangs."""
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(dice.uniform(0.1, LONGEST_PAUSE_S))
+    os.kill(pid, signal.SIGCONT)
 
 
 def check_run(run: Run, run_id: str, notes: Counter[str]) -> int:
@@ -134,7 +156,7 @@ def check_run(run: Run, run_id: str, notes: Counter[str]) -> int:
 
 def test_nothing_is_lost_or_done_twice_when_heads_agents_and_runners_are_killed(head: Head, room: Room) -> None:
     dice = random.Random(int(os.environ.get("LATTICE_SEED", "7")))
-    load = Load(head, room, clients=6)
+    load = Load(head, room, CLIENTS)
     killed: Counter[str] = Counter()
     for _ in range(KILLS):
         time.sleep(dice.uniform(0.05, 1.0))

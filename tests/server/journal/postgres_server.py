@@ -28,13 +28,14 @@ def program(name: str) -> str:
 
 
 class PostgresServer:
-    """A server over a cluster in a folder. `database` is its connection string.
+    """A server over a cluster in a folder. `database` is its connection string, `url` the same as a URL.
 
     It dies with the process of the test.
     """
 
     def __init__(self, folder: Path, prefix: Sequence[str]) -> None:
         self.database = f"host={folder} user=lattice dbname=postgres"
+        self.url = f"postgresql:///postgres?host={folder}&user=lattice"
         self._folder = folder
         self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
