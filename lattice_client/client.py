@@ -10,6 +10,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.convert.events import RunEvent, message_of
 from lattice_client.graph.environment import Env, checked
+from lattice_client.graph.names import check_text
 from lattice_client.graph.nodes import LatticeTask, tasks_in
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, disconnect_grace_s
@@ -24,7 +25,7 @@ from lattice_client.runs.tracebacks import shorten
 from lattice_client.services.calls import AsyncServices
 from lattice_client.services.llms import AsyncLlms
 from lattice_client.transport.channel import Channel, dial
-from lattice_client.transport.security import SecurityOptions
+from lattice_client.transport.security import Security, SecurityOptions
 from lattice_client.transport.suspending import AsyncChannel
 
 
@@ -67,11 +68,18 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
                 yield message
 
 
+def dial_for(tenant: str, target: str | None, **security: Unpack[SecurityOptions]) -> Security:
+    """Return how to connect to a server for a tenant. Raises as `dial`, and TaskDefinitionError."""
+    check_text("the tenant of a client", tenant)
+    return dial(target, tenant, **security)
+
+
 @shorten
 class AsyncLatticeClient:
     """A connection to a server, for any number of event loops. Use it as a context manager or with `close`.
 
-    `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
+    `tenant` is the tenant of all that it starts, and the only one whose runs and services it finds; without it, a
+    client without a token finds those of all tenants. While the server has too much work, a run is submitted again for
     `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
     sandboxed tasks, by which such a task can run code in this process. `env` has environment variables of all its
     tasks, as for `@task`. `SecurityOptions` describes the other arguments.
@@ -89,24 +97,20 @@ class AsyncLatticeClient:
         env: Env | None = None,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout, trust_pickles, env)
+        self._use(AsyncChannel(dial_for(tenant, target, **security)), admission_timeout, trust_pickles, env)
 
     @classmethod
-    def over(
-        cls, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool, env: Env | None = None
-    ) -> Self:
+    def over(cls, channel: Channel, admission_timeout: float, trust_pickles: bool, env: Env | None = None) -> Self:
         """Return a client over a channel."""
         client = cls.__new__(cls)
-        client._use(channel, tenant, admission_timeout, trust_pickles, env)
+        client._use(channel, admission_timeout, trust_pickles, env)
         return client
 
-    def _use(
-        self, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool, env: Env | None
-    ) -> None:
+    def _use(self, channel: Channel, admission_timeout: float, trust_pickles: bool, env: Env | None) -> None:
         self.target = channel.target
-        self.api = RunApi.over(channel, tenant, admission_timeout, trust_pickles, checked("the client", env))
-        self.services = AsyncServices(channel, tenant)
-        self.llm = AsyncLlms(channel, tenant)
+        self.api = RunApi.over(channel, admission_timeout, trust_pickles, checked("the client", env))
+        self.services = AsyncServices(channel)
+        self.llm = AsyncLlms(channel)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.target}{', closed' if self.api.channel.is_closed else ''}>"

@@ -9,7 +9,7 @@ from typing import Any, Never, NoReturn, Self, Unpack
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import errors
-from lattice_client.client import AsyncLatticeClient
+from lattice_client.client import AsyncLatticeClient, dial_for
 from lattice_client.convert.events import message_of
 from lattice_client.graph.environment import Env
 from lattice_client.graph.settings import RunSettings, TaskRunSettings
@@ -23,7 +23,6 @@ from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.services.blocking import Services
 from lattice_client.services.llms import Llms
 from lattice_client.transport.blocking import BlockingChannel
-from lattice_client.transport.channel import dial
 from lattice_client.transport.security import SecurityOptions
 from lattice_client.transport.suspending import AsyncChannel
 
@@ -67,7 +66,8 @@ class LatticeWorkflow(Graph["LatticeClient"]):
 class LatticeClient:
     """A connection to a server, for any number of threads. `aio` is an asyncio client of the same server.
 
-    `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
+    `tenant` is the tenant of all that it starts, and the only one whose runs and services it finds; without it, a
+    client without a token finds those of all tenants. While the server has too much work, a run is submitted again for
     `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
     sandboxed tasks, by which such a task can run code in this process. `env` has environment variables of all its
     tasks, as for `@task`. `SecurityOptions` describes the other arguments.
@@ -85,9 +85,9 @@ class LatticeClient:
         env: Env | None = None,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        self._dialled = dial(target, **security)
+        self._dialled = dial_for(tenant, target, **security)
         self.target = self._dialled.address
-        self._settings = tenant, admission_timeout, trust_pickles, env
+        self._settings = admission_timeout, trust_pickles, env
         # An asyncio client over calls that block; `blocking` runs its coroutines.
         self.twin = AsyncLatticeClient.over(BlockingChannel(self._dialled), *self._settings)
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Self
 
 from lattice_client.graph.environment import Env
-from lattice_client.graph.names import check_text
 from lattice_client.runs.artifacts import Transfer
 from lattice_client.runs.calls import Calls
 from lattice_client.runs.reader import Reader
@@ -24,10 +23,9 @@ class RunApi:
     calls: Calls
 
     @classmethod
-    def over(cls, channel: Channel, tenant: str, admission_timeout_s: float, trust_pickles: bool, env: Env) -> Self:
+    def over(cls, channel: Channel, admission_timeout_s: float, trust_pickles: bool, env: Env) -> Self:
         """Return the calls over a channel; see `AsyncLatticeClient` for the settings."""
-        check_text("the tenant of a client", tenant)
         check_seconds(admission_timeout_s, "admission_timeout")
         transfer = Transfer(channel, trust_pickles)
-        starter = Starter(channel, transfer, tenant, admission_timeout_s, env)
+        starter = Starter(channel, transfer, admission_timeout_s, env)
         return cls(channel, transfer, starter, Reader(channel, transfer), Calls(channel))

@@ -44,11 +44,10 @@ class Started:
 class Starter:
     """Starts runs."""
 
-    def __init__(self, channel: Channel, transfer: Transfer, tenant: str, admission_timeout_s: float, env: Env) -> None:
+    def __init__(self, channel: Channel, transfer: Transfer, admission_timeout_s: float, env: Env) -> None:
         self._rpc = channel
         self._env = env
         self._transfer = transfer
-        self._tenant = tenant
         self._sender = Sender(channel, admission_timeout_s)
         self._executions = Executions(channel)
 
@@ -198,7 +197,6 @@ class Starter:
         grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         return {
             "run_id": run_id or f"run-{uuid4().hex}",
-            "tenant": self._tenant,
             "labels": settings.get("labels"),
             "priority": settings.get("priority", 0),
             "timeout": None if timeout is None else duration(timeout),

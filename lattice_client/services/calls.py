@@ -32,9 +32,8 @@ OWN_FAILURES = frozenset(
 class AsyncServices:
     """The services of a server, as `AsyncLatticeClient.services`."""
 
-    def __init__(self, channel: Channel, tenant: str) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._rpc = channel
-        self._tenant = tenant
 
     async def start(
         self,
@@ -70,9 +69,7 @@ class AsyncServices:
         self, spec: service_pb2.ServiceSpec, bundle: object = None, *, wait: bool, timeout: float | None
     ) -> service_pb2.Service:
         """Start a service by its definition; see `start`."""
-        request = made(
-            service_pb2.StartServiceRequest, spec=spec, bundle=bundle, tenant=self._tenant, request_id=uuid4().hex
-        )
+        request = made(service_pb2.StartServiceRequest, spec=spec, bundle=bundle, request_id=uuid4().hex)
         return await self._start(self._rpc.services.StartService, request, wait=wait, timeout=timeout)
 
     async def _start(self, call: Any, request: Any, *, wait: bool, timeout: float | None) -> service_pb2.Service:

@@ -14,7 +14,6 @@ from lattice_client.runs.driver import blocking
 from lattice_client.runs.tracebacks import shorten
 from lattice_client.services.calls import AsyncServices
 from lattice_client.services.spec import spec_of
-from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import duration, made
 
 ENGINES = {
@@ -91,10 +90,6 @@ def _budget(name: str, settings: LlmSettings, *, is_provider: bool) -> service_p
 class AsyncLlms(AsyncServices):
     """The language models of a server, as `AsyncLatticeClient.llm`; the other methods are those of services."""
 
-    def __init__(self, channel: Channel, tenant: str) -> None:
-        super().__init__(channel, tenant)
-        self._channel, self._own_tenant = channel, tenant
-
     async def start(  # type: ignore[override]
         self,
         name: str,
@@ -150,8 +145,8 @@ class AsyncLlms(AsyncServices):
             budget=budget,
             api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),
         )
-        request = made(llm_pb2.StartLlmRequest, spec=spec, tenant=self._own_tenant, request_id=uuid4().hex)
-        return await self._start(self._channel.llms.StartLlm, request, wait=wait, timeout=timeout)
+        request = made(llm_pb2.StartLlmRequest, spec=spec, request_id=uuid4().hex)
+        return await self._start(self._rpc.llms.StartLlm, request, wait=wait, timeout=timeout)
 
     async def list(self) -> builtins.list[service_pb2.Service]:
         """Return the models, by name."""

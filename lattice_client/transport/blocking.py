@@ -167,4 +167,4 @@ def _connect(dialled: Security) -> tuple[grpc.Channel, Stubs]:
     else:
         channel = grpc.secure_channel(dialled.address, dialled.credentials, options=options)
     forks.use(channel)
-    return channel, Stubs(channel, dialled.token)
+    return channel, Stubs(channel, dialled.headers)

@@ -62,12 +62,12 @@ OPTIONS = [
 ]
 
 
-def dial(target: str | None, **security: Unpack[SecurityOptions]) -> Security:
-    """Return how to connect to a server. Raises TypeError, TargetError, SecurityError."""
+def dial(target: str | None, tenant: str = "", **security: Unpack[SecurityOptions]) -> Security:
+    """Return how to connect to a server, for calls about one tenant. Raises TypeError, TargetError, SecurityError."""
     if unknown := sorted(security.keys() - SecurityOptions.__annotations__.keys()):
         known = ", ".join(SecurityOptions.__annotations__)
         raise TypeError(f"a client has no argument {', '.join(unknown)}; how it connects is given by {known}")
-    return secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
+    return secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, tenant=tenant, **security)
 
 
 def options_for(dialled: Security) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypedDict
+from urllib.parse import quote
 
 import grpc
 
@@ -33,6 +34,8 @@ ANY = frozenset({"0.0.0.0", "[::]", "::", "*"})
 # A name or an IPv4 address; in clusters names may have underscores.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 PRINTABLE = re.compile(r"[!-~]+")
+# The name of a tenant in UTF-8, percent-encoded, because headers are ASCII.
+TENANT_HEADER = "lattice-tenant"
 
 
 class SecurityOptions(TypedDict, total=False):
@@ -56,24 +59,36 @@ class SecurityOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """How to connect to a server. Without `credentials` the connection is not encrypted."""
+    """How to connect to a server. Without `credentials` the connection is not encrypted.
+
+    Calls are about `tenant` only, if there is one.
+    """
 
     address: str
     credentials: grpc.ChannelCredentials | None
     token: str | None = field(repr=False)
     is_local: bool
+    tenant: str
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The headers of each call."""
+        token = None if self.token is None else f"Bearer {self.token}"
+        found = {"authorization": token, TENANT_HEADER: quote(self.tenant)}
+        return tuple((name, value) for name, value in found.items() if value)
 
 
 def secure(
     target: str,
     *,
+    tenant: str = "",
     token: str | None = None,
     tls_ca: str | Path | None = None,
     tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None,
     insecure: bool | None = None,
 ) -> Security:
-    """Return how to connect to a target; see `SecurityOptions`.
+    """Return how to connect to a target; see `SecurityOptions`. The server finds resources of `tenant` only.
 
     Raises:
         TargetError: the target is not an address.
@@ -105,7 +120,7 @@ def secure(
             text = f"{address} is not this machine and would be dialled without {' and '.join(missing)}: set {wanted}"
             raise SecurityError(f"{text}; LATTICE_INSECURE=1 (insecure) dials it anyway")
         _warn(address, " and ".join(missing))
-    return Security(address, credentials, token, is_local)
+    return Security(address, credentials, token, is_local, tenant)
 
 
 def is_on_this_machine(address: str) -> bool:

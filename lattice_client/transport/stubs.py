@@ -1,6 +1,6 @@
 """Owns the stubs of the contract's services on one gRPC channel.
 
-Rule: every call carries the client's token, and names the caller's span if there is one.
+Rule: every call carries the headers of the connection, and names the caller's span if there is one.
 """
 
 from typing import Any, cast
@@ -24,8 +24,8 @@ class Stubs:
     The stubs of a blocking channel are typed as if their calls could be awaited.
     """
 
-    def __init__(self, channel: Any, token: str | None) -> None:
-        channel = Signed(channel, token)
+    def __init__(self, channel: Any, headers: Headers) -> None:
+        channel = Signed(channel, headers)
         self.kept: dict[Any, Any] = {}
         self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
         self.tasks: task_pb2_grpc.TaskServiceAsyncStub
@@ -44,14 +44,14 @@ class Stubs:
 
 
 class Signed:
-    """A channel for stubs that adds headers to every call: a token, if there is one, and the caller's span.
+    """A channel for stubs that adds headers to every call: those of the connection, and the caller's span.
 
     gRPC's interceptors are not used: they wrap each call in a task, and each message of a stream in another one.
     """
 
-    def __init__(self, channel: Any, token: str | None) -> None:
+    def __init__(self, channel: Any, headers: Headers) -> None:
         self._channel = channel
-        self._metadata: Headers = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._metadata = headers
 
     def __getattr__(self, kind: str) -> Any:
         """Return the factory of one kind of call: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""

@@ -171,7 +171,7 @@ def _connect(dialled: Security) -> tuple[grpc.aio.Channel, Stubs]:
     else:
         channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
     forks.use(channel)
-    return channel, Stubs(channel, dialled.token)
+    return channel, Stubs(channel, dialled.headers)
 
 
 def _cancellations() -> int:

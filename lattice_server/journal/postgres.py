@@ -83,7 +83,7 @@ class PostgresBackend:
             failpoint("open.after_epoch")
             self.opened = self._writer.opened()
         except BaseException:
-            self._database.close()
+            unlock(self._database)
             raise
         self._has_deleted = True  # An earlier process may have.
 
@@ -135,10 +135,7 @@ class PostgresBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        # The server ends the session, and with it the lock, some time after the connection was closed.
-        with suppress(JournalError):
-            self._database.execute("SELECT pg_advisory_unlock_all()")
-        self._database.close()
+        unlock(self._database)
 
 
 class PostgresDatabase:
@@ -199,7 +196,7 @@ def stopped_postgres(settings: PostgresSettings) -> Iterator[StoppedJournal]:
         check_version(version, len(MIGRATIONS))
         yield StoppedJournal(database, RecordReader(database, Cells(None)))
     finally:
-        database.close()
+        unlock(database)
 
 
 def connected(settings: PostgresSettings, *, is_reader: bool = False) -> PostgresDatabase:
@@ -225,6 +222,14 @@ def lock(database: PostgresDatabase, schema: str) -> None:
         raise JournalLockedError(
             f"another server, or a `lattice journal` command, uses the journal in schema {schema!r}"
         )
+
+
+def unlock(database: PostgresDatabase) -> None:
+    """Unlock a journal, and close the connection."""
+    # The server ends the session, and with it the lock, some time after the connection was closed.
+    with suppress(JournalError):
+        database.execute("SELECT pg_advisory_unlock_all()")
+    database.close()
 
 
 def translated(error: psycopg.Error) -> JournalError:

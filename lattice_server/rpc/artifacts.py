@@ -54,8 +54,8 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
             if not self._assigned.may_read(caller.subject, artifact_id):
                 text = f"no lease of this worker has an input {artifact_id!r}"
                 raise NotFoundError("ARTIFACT_NOT_FOUND", text)
-        elif not caller.reach.is_any and not self._assigned.may_read(caller.subject, artifact_id):
-            self._store.check([artifact_id], caller.reach)
+        elif not (reach := callers.reach()).is_any and not self._assigned.may_read(caller.subject, artifact_id):
+            self._store.check([artifact_id], reach)
 
 
 async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> AsyncIterator[bytes]:

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from lattice.v1 import worker_pb2
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.rpc import authorization, callers
 from lattice_server.rpc.authorization import HEALTH
-from lattice_server.rpc.callers import Caller, no_longer_valid
+from lattice_server.rpc.callers import Caller, Metadata, no_longer_valid
 from lattice_server.rpc.handlers import PEER_END_S, Context, OnError, ignore
 from lattice_server.rpc.rate_limited_log import RateLimitedLog
 from lattice_server.tokens import Credential, digest_of
@@ -31,8 +31,6 @@ SCHEME = "bearer"
 CONNECT = "/lattice.v1.WorkerService/Connect"
 # Expiry is by the wall clock, which may be set while a timer of the monotonic clock runs.
 MAX_TIMER_S = 3600.0
-
-Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Authentication:
@@ -113,7 +111,7 @@ class TrustInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Mark the caller as trusted."""
-        callers.enter(callers.TRUSTED)
+        callers.enter(callers.TRUSTED, handler_call_details.invocation_metadata or ())
         return await continuation(handler_call_details)
 
 
@@ -131,8 +129,9 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        headers = handler_call_details.invocation_metadata or ()
         try:
-            caller = self._authentication.authenticate(handler_call_details.invocation_metadata or ())
+            caller = self._authentication.authenticate(headers)
             authorization.check(method, caller.credential.scopes)
         except (AuthenticationError, AuthorizationError) as error:
             # Declared as a stream: grpcio lets no other call end before its request is read.
@@ -140,7 +139,7 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
                 serialize = handler.response_serializer
                 return grpc.stream_stream_rpc_method_handler(_health(handler), response_serializer=serialize)
             return grpc.stream_stream_rpc_method_handler(self._refusal(method, error))
-        callers.enter(caller)
+        callers.enter(caller, headers)
         if method != CONNECT and (task := asyncio.current_task()) is not None:
             # A worker's stream ends with a message that says why.
             caller.ends.add(task.cancel)

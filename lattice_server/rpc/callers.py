@@ -1,16 +1,24 @@
 """Owns the identity of callers. Rule: it comes from the credential alone, never from a request.
 
+A caller that reaches several tenants may say in the header `lattice-tenant` which one of them a call is about. The call
+then finds nothing of the others.
 An interceptor sets the caller in the task of the handler before the handler runs; without it, `caller` fails.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.core.tenancy import Reach
 from lattice_server.rpc.convert.tasks import check_id
 from lattice_server.tokens import Credential, Scope
+
+# The name of a tenant in UTF-8, percent-encoded, because headers are ASCII.
+TENANT_HEADER = "lattice-tenant"
+
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +54,15 @@ class Caller:
 
 TRUSTED = Caller(Credential("", "", frozenset(Scope), is_any_tenant=True), is_trusted=True)
 _current: ContextVar[Caller] = ContextVar("lattice_caller")
+_tenant: ContextVar[str] = ContextVar("lattice_tenant", default="")
 
 
-def enter(caller: Caller) -> None:
-    """Set the caller of the call that this task handles."""
+def enter(caller: Caller, headers: Metadata = ()) -> None:
+    """Set the caller of the call that this task handles, and the tenant that the call is about."""
     _current.set(caller)
+    for key, value in headers:
+        if key == TENANT_HEADER and isinstance(value, str):
+            _tenant.set(unquote(value))
 
 
 def caller() -> Caller:
@@ -59,19 +71,25 @@ def caller() -> Caller:
 
 
 def reach() -> Reach:
-    """Return the reach of the caller."""
-    return _current.get().reach
+    """Return the tenants that the call may name: the one in its header, or else those of the caller.
+
+    Raises AuthorizationError, InvalidError.
+    """
+    tenant, own = _tenant.get(), _current.get().reach
+    return Reach(_covered(tenant, own, TENANT_HEADER)) if tenant else own
 
 
 def tenant_named(tenant: str) -> str:
-    """Return the tenant of a request: the caller's own when it names none. Raises AuthorizationError."""
-    own = _current.get().reach
-    if not tenant:
-        return own.tenant
-    check_id(tenant, "tenant")
+    """Return the tenant of a request: that of the call when it names none. Raises AuthorizationError, InvalidError."""
+    own = reach()
+    return _covered(tenant, own, "tenant") if tenant else own.tenant
+
+
+def _covered(tenant: str, own: Reach, field: str) -> str:
+    check_id(tenant, field)
     if not own.covers(tenant):
         # The same for every other name: the answer must not show which tenants exist.
-        raise AuthorizationError("PERMISSION_DENIED", f"this token is for tenant {own.tenant!r}, not {tenant!r}")
+        raise AuthorizationError("PERMISSION_DENIED", f"this call is for tenant {own.tenant!r}, not {tenant!r}")
     return tenant
 
 

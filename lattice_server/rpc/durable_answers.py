@@ -82,10 +82,10 @@ class DurableAnswers:
         if not run_id or not isinstance(run_id, str):
             await self._restorer.restored()
             return
-        reach = callers.reach()
-        if tenant := getattr(named, "tenant", ""):
-            try:
+        try:
+            reach = callers.reach()
+            if tenant := getattr(named, "tenant", ""):
                 reach = Reach(callers.tenant_named(tenant), reach.is_any)
-            except LatticeError:
-                return  # The method refuses the request.
+        except LatticeError:
+            return  # The method refuses the request.
         await self._restorer.recall(run_id, reach)

@@ -71,7 +71,7 @@ class RequestCache:
         check_request_id(request.request_id)
         caller = callers.caller()
         # By subject and tenant: an answer must not show one caller the work of another.
-        key = (caller.subject, caller.reach.tenant, request.DESCRIPTOR.full_name, request.request_id)
+        key = (caller.subject, callers.reach().tenant, request.DESCRIPTOR.full_name, request.request_id)
         fingerprint = await request_fingerprint(request, self._slices)
         self._forget()
         known = self._answers.get(key)

@@ -96,8 +96,8 @@ class Instance:
         Raises RuntimeError when the program was ended because a part of this failed.
         """
         with contextlib.suppress(context.QuestionError):
-            while lines := self._output.take():
-                await self._report(lines=lines)
+            while self._output.news.is_set():
+                await self._report()
             if not self._stopping.is_set():
                 await self._report(state="ended", exit_status=max(0, status), signal=max(0, -status))
         if self._failure is not None:
@@ -105,7 +105,8 @@ class Instance:
         return {"exit_status": status}
 
     async def _report(self, **report: Any) -> None:
-        await context.ask_async("lattice/instance.report", report)
+        """Report the lines of the program until now, and then a change of its state."""
+        await context.ask_async("lattice/instance.report", report | {"lines": self._output.take()})
 
     async def _wait_for_stop(self) -> None:
         answer = await context.ask_async("lattice/instance.control")
@@ -116,7 +117,8 @@ class Instance:
         while True:
             await self._output.news.wait()
             await asyncio.sleep(COALESCE_S)
-            await self._report(lines=self._output.take())
+            if self._output.news.is_set():
+                await self._report()
 
     async def _watch(self, pid: int) -> None:
         """Report when the program is ready, and when its checks fail."""

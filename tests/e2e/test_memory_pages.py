@@ -5,8 +5,6 @@ from pathlib import Path
 from lattice_client import LatticeClient
 from lattice_server import huge_pages
 
-LEAST_BYTES = 8 << 20
-
 
 def huge_bytes(pid: int) -> int:
     """Return how much private memory of a process is on huge pages."""
@@ -19,4 +17,5 @@ def test_server_and_worker_use_huge_pages(client: LatticeClient) -> None:
         return  # This machine has none.
     (node,) = client.nodes()
     for pid in (client.server_info().pid, node.worker_pid):
-        assert huge_bytes(pid) >= LEAST_BYTES
+        # How many pages Linux can move depends on how much of its free memory is in one piece.
+        assert huge_bytes(pid) > 0

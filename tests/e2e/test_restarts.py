@@ -366,8 +366,8 @@ def test_no_run_is_lost_or_ends_twice_when_the_server_is_killed_again_and_again(
         thread.join(2 * RESULT_S)
     assert not wrong
     with LatticeClient(head.address) as client:
-        found = {run.run_id: run for run in client.list_runs()}
-        assert set(ids) <= found.keys()
+        found = {run.run_id: run for run in client.list_runs(limit=len(ids))}
+        assert set(ids) == found.keys()
         for run_id in ids:
             run = client.get_run(run_id)
             assert run.result(timeout=RESULT_S) == {"result": 5}

@@ -46,8 +46,8 @@ def test_used_memory_is_moved_and_unused_memory_is_not_taken(module: str) -> Non
     if not huge_pages._is_allowed() or kernel() < (6, 1):
         assert moved == 0
         return
-    assert moved >= 6 << 20, "the full range, but for its ends"
-    assert again >= moved
+    # How many pages Linux can move depends on how much of its free memory is in one piece.
+    assert 0 < moved <= again
     assert huge >= moved
     assert grown < 32 << 20, "the pages of the sparse range would take 62 MiB"
 

@@ -1,1 +1,1 @@
-"""What the engine writes to a journal, and when calls may rely on it."""
+"""The records of the engine for a journal, and the moment from which calls may rely on them."""

@@ -1,1 +1,1 @@
-"""What the server keeps of each run: its record, events, chunks, references, secrets, and the runs by id."""
+"""The memory of each run: its record, events, chunks, references, secrets, and the runs by id."""

@@ -1,1 +1,1 @@
-"""The sessions of workers: what is sent to each, what each reports, and the values on its node."""
+"""The sessions of workers: the messages to each, its reports, and the values on its node."""

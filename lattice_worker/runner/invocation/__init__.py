@@ -1,1 +1,1 @@
-"""One call of a user's function: its inputs, what surrounds it, what it asks and streams, and its answer."""
+"""One call of a user's function: its inputs, its surroundings, its questions and chunks, and its answer."""

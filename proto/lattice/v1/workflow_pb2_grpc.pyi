@@ -325,7 +325,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
     answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says
-    whose run it is.
+    whose run it is; the header `lattice-tenant`, percent-encoded UTF-8, limits any call to one tenant.
 
     A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first
     message opens a run, which may have no task yet; later ones add tasks, and the server reports the end of each task.
@@ -646,7 +646,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
 
     Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
     answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says
-    whose run it is.
+    whose run it is; the header `lattice-tenant`, percent-encoded UTF-8, limits any call to one tenant.
 
     A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first
     message opens a run, which may have no task yet; later ones add tasks, and the server reports the end of each task.

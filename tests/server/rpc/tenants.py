@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -46,11 +47,11 @@ def write_tokens(path: Path, *entries: str) -> Path:
 
 
 class Signed:
-    """A channel for stubs, whose every call shows a token."""
+    """A channel for stubs, whose every call shows a token, and may name a tenant in its header."""
 
-    def __init__(self, channel: grpc.Channel, token: str) -> None:
+    def __init__(self, channel: grpc.Channel, token: str, tenant: str = "") -> None:
         self._channel = channel
-        self._metadata = bearer(token)
+        self._metadata = (*bearer(token), *((("lattice-tenant", quote(tenant)),) if tenant else ()))
 
     def __getattr__(self, kind: str) -> Any:
         make = getattr(self._channel, kind)

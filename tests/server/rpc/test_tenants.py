@@ -42,7 +42,7 @@ class World:
     admin: Caller
     operator: Caller
     gateway: Caller
-    strangers: Mapping[str, Caller]
+    strangers: Mapping[tuple[str, str], Caller]
     names: Mapping[str, str]
 
 
@@ -65,7 +65,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         callers = {name: Caller(channel) for name, channel in signed.items()}
         operator = Caller(Signed(stranger.channel, "operator"))
         strangers = {
-            method.full_name: Caller(Signed(stranger.channel, token_of(method.full_name))) for method in METHODS
+            (way, method.full_name): Caller(Signed(stranger.channel, token, tenant))
+            for method in METHODS
+            for way, token, tenant in (
+                ("token", token_of(method.full_name), ""),
+                ("header", token_of("admin"), f"héader of {method.full_name}"),
+            )
         }
         yield World(**callers, strangers=strangers, operator=operator, names=furnished(callers["a"]))
 
@@ -189,7 +194,10 @@ def answer(caller: Caller, method: MethodDescriptor, request: Any, names: Mappin
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
-def test_answer_is_that_of_a_missing_id_when_an_id_is_another_tenants(world: World, method: MethodDescriptor) -> None:
+@pytest.mark.parametrize("way", ["token", "header"])
+def test_answer_is_that_of_a_missing_id_when_an_id_is_another_tenants(
+    world: World, way: str, method: MethodDescriptor
+) -> None:
     # As long as the real ones, and of the same form.
     ghosts = {
         "name": "service-of-x",
@@ -199,7 +207,7 @@ def test_answer_is_that_of_a_missing_id_when_an_id_is_another_tenants(world: Wor
         "artifact_id": "0" * 63 + "1",
         "digest": "sha256:" + "2" * 64,
     }
-    before, stranger = state(world), world.strangers[method.full_name]
+    before, stranger = state(world), world.strangers[way, method.full_name]
     for real, ghost in zip(requests_of(method, world.names), requests_of(method, ghosts), strict=True):
         assert answer(stranger, method, real, world.names) == answer(stranger, method, ghost, ghosts)
     assert state(world) == before
@@ -257,6 +265,24 @@ def test_a_request_for_another_tenant_is_refused_whether_there_is_one_or_not(wor
                 task_pb2.RunTaskRequest(task=task("t", function=""), function=function(), tenant=tenant)
             )
     assert run(world.b, tenant="b").run.tenant == "b"
+
+
+def test_header_names_the_tenant_of_a_call(world: World) -> None:
+    channel = world.a.channel._channel
+    of_b = Caller(Signed(channel, token_of("admin"), "b"))
+    started = run(of_b).run
+    assert started.tenant == "b"
+    assert run_ids(of_b) == run_ids(world.b)
+    assert run_ids(of_b, tenant="b") == run_ids(world.b)
+    for caller in (of_b, Caller(Signed(channel, token_of("b"), "a"))):
+        with refused(Code.PERMISSION_DENIED, "PERMISSION_DENIED"):
+            run_ids(caller, tenant="a")
+    with refused(Code.PERMISSION_DENIED, "PERMISSION_DENIED"):
+        run_ids(Caller(Signed(channel, token_of("b"), "a")))
+    assert run_ids(Caller(Signed(channel, token_of("b"), "b"))) == run_ids(world.b)
+    with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+        run_ids(Caller(Signed(channel, "operator", "two\nlines")))
+    assert "lattice-tenant: must have" in refusal.message
 
 
 def test_run_starts_for_any_tenant_when_the_token_reaches_all(world: World) -> None:

@@ -135,8 +135,8 @@ class Entries:
         self._count = 0
         monkeypatch.setattr(callers, "enter", self._note)
 
-    def _note(self, caller: callers.Caller) -> None:
-        self._enter(caller)
+    def _note(self, caller: callers.Caller, headers: callers.Metadata = ()) -> None:
+        self._enter(caller, headers)
         self._count += caller.subject == "gone"
 
     def wait(self, count: int) -> None:
