@@ -1,6 +1,7 @@
 """Clients of two tenants: names of resources are those of the client's own tenant, on a server without tokens too."""
 
 from collections.abc import Iterator
+from uuid import uuid4
 
 import pytest
 
@@ -8,12 +9,13 @@ from lattice_client import LatticeClient, NotFoundError, task
 from tests.e2e.rooms import WAIT_S
 
 NAME = "gpt"
+NAMES = (f"red {uuid4().hex}", f"grün & blau/{uuid4().hex}")
 
 
 @pytest.fixture
 def tenants(address: str) -> Iterator[list[LatticeClient]]:
     """Two clients, each of which has a model by the same name; the name of the second tenant is not ASCII."""
-    clients = [LatticeClient(address, tenant=name) for name in ("red", "grün & blau/1")]
+    clients = [LatticeClient(address, tenant=name) for name in NAMES]
     for client in clients:
         client.llm.start(NAME, base_url="http://127.0.0.1:9/v1")
     yield clients
@@ -39,15 +41,14 @@ def test_services_are_those_of_the_tenant(tenants: list[LatticeClient]) -> None:
 
 
 def test_runs_are_those_of_the_tenant(tenants: list[LatticeClient], client: LatticeClient) -> None:
-    names = ("red", "grün & blau/1")
     for one in tenants:
         workflow = one.create_workflow()
         workflow.add_task(ready)
         run = workflow.run(run_id="same")
         assert run.result(timeout=WAIT_S) == {"result": "ready"}
-    for one, name in zip(tenants, names, strict=True):
+    for one, name in zip(tenants, NAMES, strict=True):
         assert [(found.run_id, found.tenant) for found in one.list_runs()] == [("same", name)]
-    assert set(names) <= {found.tenant for found in client.list_runs() if found.run_id == "same"}
+    assert set(NAMES) <= {found.tenant for found in client.list_runs() if found.run_id == "same"}
     tenants[0].delete_run("same")
     with pytest.raises(NotFoundError):
         tenants[0].get_run("same").status()

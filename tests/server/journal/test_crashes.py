@@ -109,6 +109,7 @@ def test_nothing_acknowledged_is_lost_when_killed_again_and_again(tmp_path: Path
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(400)
 def test_nothing_acknowledged_is_lost_when_killed_a_hundred_times(tmp_path: Path) -> None:
     kill_at_random(tmp_path, 100)
 
