@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
 
 from lattice.v1 import run_pb2, workflow_pb2
 
@@ -175,15 +176,16 @@ class Recorder:
 
     def _start(self, event: RunEvent) -> None:
         task_id, number = event.task_id, event.data["attempt"]
+        start_s = self._time_of(event, "start_time")
         earlier = self._last.get(task_id)
         if earlier is None:
             task = self._tasks.get(task_id)
             waited_s = task.queue_time.ToNanoseconds() / 1e9 if task is not None else 0.0
-            ready_s = event.time_s - waited_s
+            ready_s = start_s - waited_s
         else:
-            ready_s = self._may_retry_s.pop(task_id, earlier.end_s or event.time_s)
-        attempt = self._new(task_id, number, min(ready_s, event.time_s), event.data["display_name"])
-        attempt.start_s, attempt.outcome = event.time_s, "running"
+            ready_s = self._may_retry_s.pop(task_id, earlier.end_s or start_s)
+        attempt = self._new(task_id, number, min(ready_s, start_s), event.data["display_name"])
+        attempt.start_s, attempt.outcome = start_s, "running"
         attempt.node_id, attempt.gpu_indices = event.data["node_id"], tuple(event.data["gpu_indices"])
         self._attempts[task_id, number] = self._last[task_id] = attempt
 
@@ -191,13 +193,24 @@ class Recorder:
         attempt = self._attempts.get((event.task_id, event.data["attempt"]))
         if attempt is None:  # It failed or was cancelled before it started, or its outputs are those of a retried run.
             return
-        attempt.end_s, attempt.outcome = event.time_s, OUTCOMES[event.type]
+        attempt.end_s, attempt.outcome = self._time_of(event, "end_time"), OUTCOMES[event.type]
         failure = event.data.get("failure")
         if failure:
             text = f"{failure['type']}: {failure['message']}" if failure["type"] else failure["message"]
             attempt.failure = f"{failure['kind']}: {text}"
         if event.type == "task_retrying":
             self._may_retry_s[event.task_id] = max(event.time_s, event.data["retry_time_s"])
+
+    def _time_of(self, event: RunEvent, name: Literal["start_time", "end_time"]) -> float:
+        """Return when an attempt started or ended: on the worker's clock for the newest one, else when it was told.
+
+        A worker reports the start of a short function together with its end.
+        """
+        task = self._tasks.get(event.task_id)
+        if task is None or task.attempt != event.data["attempt"] or not task.HasField(name):
+            return event.time_s
+        found_s: float = getattr(task, name).ToNanoseconds() / 1e9
+        return found_s
 
     def _new(self, task_id: str, number: int, ready_s: float, name: str) -> Attempt:
         return Attempt(task_id, label_of(task_id, name), self._functions.get(task_id) or name, number, ready_s)

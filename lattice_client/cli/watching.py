@@ -37,9 +37,9 @@ async def watch_run(server: Server, run_id: str, as_json: bool) -> None:
         elif console.is_terminal and not console.is_dumb_terminal:
             await _watch_live(client, run)
         else:
-            lines = Lines()
+            lines, labels = Lines(), dict[str, str]()
             async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=say_lost):
-                _print_plain(event, lines)
+                _print_plain(event, lines, labels)
         error = await client.api.reader.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
@@ -81,9 +81,13 @@ def _json_reader(client: AsyncLatticeClient) -> Decode:
     return read
 
 
-def _print_plain(event: RunEvent, lines: Lines) -> None:
+def _print_plain(event: RunEvent, lines: Lines, labels: dict[str, str]) -> None:
+    """Print an event; `labels` has those of the tasks of earlier events."""
+    if name := event.data.get("display_name"):
+        labels[event.task_id] = label_of(event.task_id, name)
+
     def echo(kind: str, task_id: str, text: str) -> None:
-        say(f"{event.sequence:>6}  {kind:<15} {one_line(task_id):<20} {text}".rstrip())
+        say(f"{event.sequence:>6}  {kind:<15} {one_line(labels.get(task_id, task_id)):<20} {text}".rstrip())
 
     for task_id, line in lines.take(event):
         echo("task_log", task_id, printable(line.rstrip()).plain)
@@ -100,7 +104,7 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
         shown = _access(event.data)
     if added := event.data.get("task_ids"):
         shown = f"{len(added)} tasks"
-    echo(event.type, label_of(event.task_id, event.data.get("display_name", "")), " ".join(shown.split()))
+    echo(event.type, event.task_id, " ".join(shown.split()))
 
 
 def _access(data: Mapping[str, Any]) -> str:

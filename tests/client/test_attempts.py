@@ -1,7 +1,7 @@
 """The history of a run: attempts with their times, the critical path, and the summaries by node and function."""
 
 from lattice_client.cli.attempts import MIN_COMPARED
-from tests.client.histories import FAILURE, Script, rows
+from tests.client.histories import FAILURE, Script, rows, timestamp
 
 
 def test_history_has_the_wait_and_the_run_time_of_each_attempt() -> None:
@@ -23,6 +23,19 @@ def test_a_retry_is_queued_from_the_end_of_its_backoff() -> None:
     assert history.attempts[0].failure == "USER_ERROR: ValueError: no date"
     assert [attempt.is_critical for attempt in history.attempts] == [True, True]
     assert [(use.node_id, use.failed) for use in history.nodes()] == [("n1", 1), ("n2", 0)]
+
+
+def test_times_of_the_newest_attempt_are_those_of_its_worker() -> None:
+    script = Script()
+    task = script.task("a", queued_s=1, attempt=2, start_time=timestamp(1003), end_time=timestamp(1008))
+    script.started(1, "a")
+    script.event(2, "task_retrying", "a", attempt=1, failure=FAILURE, retry_time_s=1002.0)
+    # Told together, after the end.
+    script.started(9, "a", 2)
+    script.succeeded(9, "a", 2)
+    assert rows(script.history()) == [("a", 1, "failed", 1, 1), ("a", 2, "succeeded", 1, 5)]
+    task.attempt = 3
+    assert rows(script.history())[1][-1] == 0
 
 
 def test_history_of_a_running_run_has_running_and_waiting_tasks_up_to_now() -> None:

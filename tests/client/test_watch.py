@@ -75,6 +75,12 @@ def test_a_piped_view_is_a_line_an_event_and_a_line_of_output(address: str, clie
         "task_succeeded  greet                {'result': 'you'}",
         "run_finished",
     ]
+    workflow = client.create_workflow()
+    workflow.add_task(greet, {"name": "you"}, task_id="first")
+    lines = call(address, "runs", "watch", workflow.run()).stdout.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines if "task_log" in line] == [
+        "task_log        greet (first)        hello you"
+    ]
     run = ended(client, fail, {"name": "x"})
     done = call(address, "runs", "watch", run)
     assert done.exit_code == 1
