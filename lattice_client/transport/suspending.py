@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         UnaryUnaryMultiCallable,
     )
 
+LAST_EVENTS_S = 0.01
 Q = TypeVar("Q")
 R = TypeVar("R")
 
@@ -43,7 +45,7 @@ class AsyncChannel(Channel):
 
     def __init__(self, dialled: Security) -> None:
         super().__init__(dialled)
-        self._connections: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, Stubs]] = {}
+        self._connections: dict[asyncio.AbstractEventLoop, Connection] = {}
         self._lock = threading.Lock()
         self._beside: set[asyncio.Task[None]] = set()  # The event loop itself keeps no task.
 
@@ -57,7 +59,7 @@ class AsyncChannel(Channel):
                 for other in [other for other in self._connections if other.is_closed()]:
                     del self._connections[other]
                 found = self._connections[loop] = _connect(self._dialled)
-        return found[1]
+        return found.stubs
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError."""
@@ -130,16 +132,16 @@ class AsyncChannel(Channel):
             own = self._connections.pop(here, None)
         self.shut()
         if own is not None:
-            await own[0].close()
+            await own.end.aclose()
 
     def shut(self) -> None:
         """Have each event loop close its channel. Calls in progress raise ClientClosedError."""
         self.is_closed = True
         with self._lock:
             connections, self._connections = self._connections, {}
-        for loop, (channel, _) in connections.items():
+        for loop, connection in connections.items():
             if loop.is_running():
-                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+                asyncio.run_coroutine_threadsafe(connection.end.aclose(), loop)
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
@@ -163,7 +165,16 @@ class AsyncChannel(Channel):
             raise
 
 
-def _connect(dialled: Security) -> tuple[grpc.aio.Channel, Stubs]:
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The channel of one event loop; `end` closes it when it is closed."""
+
+    stubs: Stubs
+    end: AsyncGenerator[None, None]
+
+
+def _connect(dialled: Security) -> Connection:
+    """Return a connection for the running event loop."""
     forks.check_process()
     options = options_for(dialled)
     if dialled.credentials is None:
@@ -171,7 +182,25 @@ def _connect(dialled: Security) -> tuple[grpc.aio.Channel, Stubs]:
     else:
         channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
     forks.use(channel)
-    return channel, Stubs(channel, dialled.headers)
+    end = _closing_at_end(channel)
+    forks.use(end)
+    with suppress(StopIteration):
+        end.__anext__().send(None)
+    return Connection(Stubs(channel, dialled.headers), end)
+
+
+async def _closing_at_end(channel: grpc.aio.Channel) -> AsyncGenerator[None, None]:
+    """Close a channel when the generator is closed.
+
+    `asyncio.run` closes the generators of its event loop before the loop. gRPC would report an error for each event of
+    a channel whose loop is closed.
+    """
+    try:
+        yield
+    finally:
+        await channel.close()
+        # gRPC does not tell when the last events of cancelled calls have come.
+        await asyncio.sleep(LAST_EVENTS_S)
 
 
 def _cancellations() -> int:
