@@ -63,5 +63,6 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         for task in asyncio.all_tasks(loop):
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0))  # The cancelled tasks run once more.
+        loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
