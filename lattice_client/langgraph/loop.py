@@ -60,9 +60,11 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))  # The cancelled tasks run once more.
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_S / 2))
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
