@@ -142,7 +142,9 @@ class Invocation:
             self._is_cancelled = True
             if not self._additions.withdraw(addition):
                 await self._end_cancelled(addition)
-            deliver(Ended(error=RunError(self.run_id, f"the call of {name!r} was cancelled")))
+            channel = self._client.api.channel
+            cancelled = RunError(self.run_id, f"the call of {name!r} was cancelled")
+            deliver(Ended(error=channel.closed_error() if channel.is_closed else cancelled))
         except BaseException as error:
             deliver(Ended(error=error))
         finally:
@@ -209,7 +211,12 @@ class Invocation:
         return self._loop.is_here
 
     def end(self) -> "Future[Any]":
-        """End the run, from any thread; the future is done when it has ended."""
+        """End the run, from any thread; the future is done when it has ended, or when the client is closed."""
+        if self._client.api.channel.is_closed:
+            # The loop of the run has ended or is about to; the server ends the run of a caller that left.
+            done: Future[Any] = Future()
+            done.set_result(None)
+            return done
         return self._loop.submit(self.close())
 
 

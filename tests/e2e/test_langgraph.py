@@ -27,8 +27,16 @@ from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command, Send, interrupt
 
-from lattice_client import LangGraphClient, LatticeClient, RequestError, RunCancelledError, TaskDefinitionError
+from lattice_client import (
+    ClientClosedError,
+    LangGraphClient,
+    LatticeClient,
+    RequestError,
+    RunCancelledError,
+    TaskDefinitionError,
+)
 from lattice_client.runs.open_run import AsyncOpenRun
+from tests.e2e import rooms
 from tests.e2e.graphs import control, reaching
 from tests.e2e.graphs.control import QuotaError
 from tests.e2e.rooms import WAIT_S, Room, enter, note
@@ -97,6 +105,33 @@ def test_nodes_of_one_step_run_side_by_side(is_async: bool, address: str, room: 
     process, *words = sorted(found["words"])
     assert words == ["a", "b"]
     assert process != str(os.getpid())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_graph_raises_when_its_client_is_closed(is_async: bool, address: str, room: Room) -> None:
+    lattice = LangGraphClient(address)
+
+    @lattice.task(cpu=0.1)
+    def waits(state: State) -> dict[str, Any]:
+        enter(room, "waits")
+        return {"words": ["out"]}
+
+    graph = graph_of(waits)
+    graph.add_edge(START, "waits")
+    graph.add_edge("waits", END)
+    app = graph.compile()
+
+    def close() -> None:
+        rooms.noted(room, "+waits")
+        lattice.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    for _ in range(2):
+        with pytest.raises(ClientClosedError, match="is closed: create another one"):
+            asyncio.run(app.ainvoke(given())) if is_async else app.invoke(given())
+    closing.join()
+    room.open()
 
 
 def test_nodes_get_config_context_and_commands(address: str) -> None:
