@@ -22,7 +22,7 @@ from lattice_worker.attempts.streams import Streams
 from lattice_worker.egress.agent import Connection
 from lattice_worker.masking import Log, Masker
 from lattice_worker.pool.crash import Suspects
-from lattice_worker.pool.invocation import Invocation, RunnerKey, failed
+from lattice_worker.pool.invocation import NOTICE_BYTES, Invocation, RunnerKey, failed
 from lattice_worker.pool.pipelining import MAX_PIPELINED
 from lattice_worker.pool.runner_handle import Runner
 from lattice_worker.pool.runner_pool import Pool
@@ -279,6 +279,7 @@ class AttemptExecutor:
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
             screen=None if runner.sandbox is None else partial(self._preparation.screened, runner),
             raw_left=header["log_limit"],
+            log_left=header["log_limit"] + NOTICE_BYTES,
         )
 
     # Events of an invocation.

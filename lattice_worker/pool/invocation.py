@@ -58,6 +58,9 @@ def ignore_access(access: dict[str, Any]) -> None:
     """Do nothing with an access to a server."""
 
 
+NOTICE_BYTES = 1024  # More than the line by which a runner says that it cuts the output.
+
+
 @dataclass(slots=True)
 class Invocation:
     """One call of a function. `name` is the lease, `header` and `blobs` are the frame that starts it.
@@ -74,6 +77,8 @@ class Invocation:
         on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
         screen: returns the part of an answer that is accepted, and raises when none is; None accepts all of it.
         raw_left: bytes of output past `sys.stdout` that are still logged.
+        log_left: bytes of output through `sys.stdout` that are still logged. The runner keeps to the same limit, unless
+            its task writes frames itself.
         ending: the answer that replaces the runner's own, once the invocation is being stopped.
         description_timer: bounds how long the runner may take to describe an error.
         claim: the number of a pipelined invocation in the claim pipe; 0 for others.
@@ -95,6 +100,7 @@ class Invocation:
     on_access: Callable[[dict[str, Any]], None] = ignore_access
     screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
+    log_left: int = 0
     ending: dict[str, Any] | None = None
     description_timer: asyncio.TimerHandle | None = None
     claim: int = 0
@@ -118,6 +124,12 @@ class Invocation:
         if not self.is_over:
             self.is_over = True
             self.on_given_back(reason, is_suspect)
+
+    def log(self, stream: str, text: str, *, is_truncated: bool) -> None:
+        """Log output through `sys.stdout`, up to the limit."""
+        if self.log_left > 0:
+            self.log_left -= len(text)
+            self.on_log(stream, text, is_truncated or self.log_left <= 0)
 
     def log_output(self, stream: str, text: str, size: int) -> None:
         """Log output past `sys.stdout` that is `size` bytes, up to the limit."""

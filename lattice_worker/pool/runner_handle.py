@@ -205,7 +205,7 @@ class Runner:
         match kind:
             case "log":
                 for stream, text in header["parts"]:
-                    invocation.on_log(stream, text, header["truncated"])
+                    invocation.log(stream, text, is_truncated=header["truncated"])
             case "spawn":
                 self._staging.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)

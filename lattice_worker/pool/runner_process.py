@@ -4,6 +4,7 @@ Rule: a start that fails leaves no descriptor and no folder behind.
 """
 
 import contextlib
+import fcntl
 import mmap
 import os
 import socket
@@ -34,6 +35,8 @@ class StepMarks:
 
     def __init__(self, descriptor: int) -> None:
         os.ftruncate(descriptor, 2 * MARK_BYTES)
+        # To read memory that its file has no more ends a process, and a task of the runner has the descriptor too.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.memory = mmap.mmap(descriptor, 2 * MARK_BYTES)
 
     @property
@@ -99,7 +102,7 @@ async def start_process(
         err_read, err_write = _pipe(undo, given)
         pipeline = Pipeline()
         undo.callback(pipeline.close)
-        memory = os.memfd_create("lattice-marks")
+        memory = os.memfd_create("lattice-marks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         given.callback(os.close, memory)
         marks = StepMarks(memory)
         undo.callback(marks.close)

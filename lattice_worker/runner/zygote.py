@@ -154,6 +154,10 @@ class Zygote:
         names = {pid: number for number, pid in self._pids.items()}
         with contextlib.suppress(ChildProcessError):
             while (found := os.wait4(-1, os.WNOHANG))[0]:
+                if os.WIFSTOPPED(found[1]):
+                    # It has made this process its tracer, and would wait for it.
+                    os.kill(found[0], signal.SIGKILL)
+                    continue
                 number = names.get(found[0])
                 if number is not None:
                     del self._pids[number]

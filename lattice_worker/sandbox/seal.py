@@ -85,7 +85,7 @@ def _become_first(sandbox: Sandbox) -> None:
         os.close(write)
         _close_all_but(read)
         make_undumpable(sandbox)
-        _, status = os.waitpid(child, 0)
+        status = _status_of(child)
         told = os.read(read, STATUS.size)
         _end_like(STATUS.unpack(told)[0] if len(told) == STATUS.size else status)
     os.close(read)
@@ -105,14 +105,23 @@ def _become_runner(sandbox: Sandbox) -> None:
             _close_all_but(FIRST_FREE_DESCRIPTOR)
             set_parent_death(sandbox)
             make_undumpable(sandbox)
-            while (found := os.waitpid(-1, 0))[0] != child:
-                pass
-            os.write(FIRST_FREE_DESCRIPTOR, STATUS.pack(found[1]))
+            os.write(FIRST_FREE_DESCRIPTOR, STATUS.pack(_status_of(child)))
         finally:
             os._exit(0)
     os.close(FIRST_FREE_DESCRIPTOR)
     sandbox.parent = first
     os.setsid()
+
+
+def _status_of(child: int) -> int:
+    """Wait for the end of a child; return its status."""
+    while True:
+        found, status = os.waitpid(-1, 0)
+        if os.WIFSTOPPED(status):
+            # It has made this process its tracer, and would wait for it.
+            os.kill(found, signal.SIGKILL)
+        elif found == child:
+            return status
 
 
 def _close_all_but(kept: int) -> None:

@@ -208,3 +208,75 @@ def test_kernel_limits_memory_when_a_control_group_is_delegated(
 def test_node_says_that_it_measures_memory_when_no_control_group_is_delegated(sandboxed: LatticeClient) -> None:
     (node,) = sandboxed.nodes()
     assert node.memory_enforcement == resources_pb2.MEMORY_ENFORCEMENT_MEASURED
+
+
+def shrink_shared_memory() -> None:
+    """Shrink each file in memory that this process has."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if "memfd:" in os.readlink(f"/proc/self/fd/{name}"):
+                os.ftruncate(int(name), 0)
+        except OSError:
+            continue
+    time.sleep(0.3)
+    os.write(1, b"output that the agent reads\n")
+    time.sleep(0.3)
+
+
+def become_traced() -> None:
+    """Have the parent be told of each signal, and stop at one."""
+    import ctypes
+
+    if ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("level", ["none", *LEVELS])
+@pytest.mark.parametrize(("attack", "kind"), [(shrink_shared_memory, ""), (become_traced, "CRASHED")])
+def test_worker_and_other_tasks_continue_when_a_task_attacks_what_it_shares_with_them(
+    sandboxed: LatticeClient, tmp_path: Path, level: str, attack: Callable[..., Any], kind: str
+) -> None:
+    (before,) = sandboxed.nodes()
+
+    @task(cpu=0.1)
+    def wait(door: str) -> str:
+        while not Path(door).exists():
+            time.sleep(0.01)
+        return "out"
+
+    door = tmp_path / "door"
+    workflow = sandboxed.create_workflow()
+    workflow.add_task(wait, {"door": str(door)})
+    other = workflow.run()
+    next(event for event in other.events(timeout=60) if event.type == "task_started")
+    if kind:
+        assert failure(sandboxed, attack, level, timeout=20)[0] == kind
+    else:
+        assert result(sandboxed, attack, level, timeout=20) is None
+    door.touch()
+    assert other.result(timeout=60) == {"result": "out"}
+    assert [found.attempt for found in sandboxed.list_tasks(other)] == [1]
+    (after,) = sandboxed.nodes()
+    assert after.worker_pid == before.worker_pid
+
+
+def forge_output() -> None:
+    """Write frames of output by the descriptor of the runner itself."""
+    import gc
+
+    (output,) = (found for found in gc.get_objects() if type(found).__name__ == "Output")
+    for _ in range(60):
+        output._channel.send(output._header([["stdout", "x" * 200_000 + "\n"]], truncated=False))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_output_that_a_task_forges_is_cut_too(sandboxed: LatticeClient, level: str) -> None:
+    workflow = sandboxed.create_workflow()
+    workflow.add_task(task(isolation=level)(forge_output))
+    started = workflow.run()
+    started.result(timeout=60)
+    logged = [event.data for event in started.events() if event.type == "task_log"]
+    assert MIB <= sum(len(data["text"]) for data in logged) <= MIB + 400_000
+    assert logged[-1]["truncated"]
