@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Container, Iterable
+from dataclasses import replace
 
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.engine import EngineError
@@ -12,7 +13,7 @@ from lattice_worker.pool.invocation import RunnerKey
 from lattice_worker.pool.runner_handle import Runner
 from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroups
-from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
+from lattice_worker.sandbox.policy import DOCKER, LEVELS, SUBPROCESS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import ProcessLostError, SandboxError, Supervisor
 
@@ -43,6 +44,7 @@ class SandboxRunners:
         self._named_group = named_group
         self._groups: MemoryGroups | None = None
         self.refusals: dict[str, str] = {}
+        self._is_bare = False
         self._spares: Spares[Runner] = Spares(self._seal, SPARES)
 
     async def levels(self) -> list[str]:
@@ -54,6 +56,10 @@ class SandboxRunners:
             self.refusals |= dict.fromkeys(LEVELS, str(error))
             return [DOCKER] if await self._offers_containers() else []
         offered = await asyncio.gather(*map(self._offers, LEVELS), self._offers_containers())
+        if not offered[0] and self._may_be_bare():
+            self._is_bare = True
+            log.warning("%s has no namespaces here: %s", SUBPROCESS, self.refusals.pop(SUBPROCESS))
+            offered[0] = await self._offers(SUBPROCESS)
         return [level for level, is_offered in zip((*LEVELS, DOCKER), offered, strict=True) if is_offered]
 
     @property
@@ -63,20 +69,20 @@ class SandboxRunners:
 
     async def network_levels(self, levels: Iterable[str]) -> list[str]:
         """Return which of these levels restrict a task to some servers: a process was sealed for each and accepted."""
-        found = [level for level in levels if policy_of(level).has_namespaces]
+        found = [level for level in levels if level != SUBPROCESS or not self._is_bare]
         offered = await asyncio.gather(*(self._offers(level, NETWORK) for level in found))
         return [level for level, is_offered in zip(found, offered, strict=True) if is_offered]
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that was never used. Raises OSError and SandboxError."""
-        runner = await self._spares.take(_policy(key))
+        runner = await self._spares.take(self._policy(key))
         runner.adopt(key)
         return runner
 
     def take_spare(self, key: RunnerKey) -> Runner | None:
         """Return a runner that was never used, if one waits."""
         try:
-            runner = self._spares.take_waiting(_policy(key))
+            runner = self._spares.take_waiting(self._policy(key))
         except SandboxError:  # It is raised again by `take`, for the attempt.
             return None
         if runner is not None:
@@ -98,7 +104,7 @@ class SandboxRunners:
             self._groups = None
 
     async def _offers(self, level: str, network: tuple[str, ...] = ()) -> bool:
-        policy = _policy(RunnerKey(isolation=level, network=network))
+        policy = self._policy(RunnerKey(isolation=level, network=network))
         try:
             runner = await self._try(policy)
             if network:
@@ -113,6 +119,11 @@ class SandboxRunners:
             log.warning("isolation by %s is not offered: %s", level, self.refusals[level])
             return False
         return True
+
+    def _may_be_bare(self) -> bool:
+        """Whether sandboxes of this agent's user may be without namespaces, where the machine allows none."""
+        policy = policy_of(SUBPROCESS)
+        return not policy.is_root and not policy.skipped_step
 
     async def _try(self, policy: Policy) -> Runner:
         """Seal a process, and another one if it is lost. Raises OSError and SandboxError."""
@@ -156,13 +167,15 @@ class SandboxRunners:
             raise
         return runner
 
-
-def _policy(key: RunnerKey) -> Policy:
-    if key.isolation == DOCKER:
-        if key.gpu_indices:
-            raise SandboxError("docker: a container is given no GPU; isolation='seccomp' gives one")
-        return container_policy(key.bundle, key.memory_bytes, key.threads, key.network)
-    policy = policy_of(key.isolation, key.bundle, key.gpu_indices, key.network)
-    if policy.network and not policy.has_namespaces:
-        raise SandboxError(f"{key.isolation}: a worker that is not root restricts no network; isolation='seccomp' does")
-    return policy
+    def _policy(self, key: RunnerKey) -> Policy:
+        if key.isolation == DOCKER:
+            if key.gpu_indices:
+                raise SandboxError("docker: a container is given no GPU; isolation='seccomp' gives one")
+            return container_policy(key.bundle, key.memory_bytes, key.threads, key.network)
+        policy = policy_of(key.isolation, key.bundle, key.gpu_indices, key.network)
+        if key.isolation != SUBPROCESS or not self._is_bare:
+            return policy
+        if policy.network:
+            text = "a worker whose user may make no namespaces restricts no network; isolation='seccomp' does"
+            raise SandboxError(f"{key.isolation}: {text}")
+        return replace(policy, is_bare=True)

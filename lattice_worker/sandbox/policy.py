@@ -37,10 +37,10 @@ DEFAULT_MEMORY_BYTES = 2048 * MIB
 class Policy:
     """The access and the limits of one process. Sizes in bytes, times in seconds.
 
-    `has_namespaces` says whether it gets namespaces and a file system view of its own: always at `seccomp` and
-    `docker`, and at `subprocess` when the agent is root. `is_root` says that the agent, or the container engine, is
-    root, so that the process gets another user. `read_paths` are seen beside the system's and the interpreter's.
-    `network` are the servers that it may connect to, each `NAME:PORT`.
+    `is_bare` says that it gets neither namespaces nor a file system view of its own: only at `subprocess`, when the
+    agent is not root and the machine allows its user no namespaces. `is_root` says that the agent, or the container
+    engine, is root, so that the process gets another user. `read_paths` are seen beside the system's and the
+    interpreter's. `network` are the servers that it may connect to, each `NAME:PORT`.
     `memory_bytes` and `time_s` are for tasks that set no limits of their own. `cpus` bounds a container.
     `skipped_step` is a step of the seal that a test leaves out.
     """
@@ -60,10 +60,11 @@ class Policy:
     shared_memory_bytes: int = 512 * MIB
     output_bytes: int = 64 * MIB
     skipped_step: str = ""
+    is_bare: bool = False
 
     @property
     def has_namespaces(self) -> bool:
-        return self.is_root or self.level != SUBPROCESS
+        return not self.is_bare
 
     @property
     def has_filter(self) -> bool:

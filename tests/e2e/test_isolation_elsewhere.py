@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from lattice.v1 import resources_pb2
 
-from lattice_client import LatticeClient, PreconditionError, TaskFailedError, UntrustedPayloadError, secret, task
+from lattice_client import LatticeClient, TaskFailedError, UntrustedPayloadError, secret, task
 from tests.commands import LATTICE
 from tests.e2e.clusters import cluster
 from tests.e2e.conftest import served
@@ -114,6 +114,10 @@ def no_processes_of_others() -> bool:
     return len([name for name in os.listdir("/proc") if name.isdigit()]) <= 4
 
 
+def no_shared_memory_of_others() -> bool:
+    return os.listdir("/dev/shm") == []
+
+
 def no_secrets() -> bool:
     return not [name for name in os.environ if "TOKEN" in name or "SECRET" in name or "RAY" in name]
 
@@ -146,6 +150,7 @@ ROWS = [
     no_network,
     no_files_of_others,
     no_processes_of_others,
+    no_shared_memory_of_others,
     no_secrets,
     no_new_privileges,
     system_is_read_only,
@@ -167,17 +172,17 @@ def test_sandbox_holds(elsewhere: LatticeClient, holds: Callable[[], bool], leve
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user that can read the interpreter")
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("holds", ROWS)
-def test_sandbox_of_a_plain_user_holds(plain: LatticeClient, holds: Callable[[], bool]) -> None:
-    assert run(plain, holds, "seccomp")
+def test_sandbox_of_a_plain_user_holds(plain: LatticeClient, holds: Callable[[], bool], level: str) -> None:
+    assert run(plain, holds, level)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user that can read the interpreter")
-def test_worker_of_a_plain_user_restricts_servers_at_seccomp_only(plain: LatticeClient) -> None:
+def test_worker_of_a_plain_user_restricts_servers_at_each_level(plain: LatticeClient) -> None:
     (node,) = plain.nodes()
-    assert [resources_pb2.Isolation.Name(level) for level in node.network_isolations] == ["ISOLATION_SECCOMP"]
-    with pytest.raises(PreconditionError, match="at isolation subprocess it cannot restrict which servers"):
-        run(plain, os.getpid, "subprocess", network=["a.invalid:443"])
+    found = [resources_pb2.Isolation.Name(level) for level in node.network_isolations]
+    assert found == ["ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -9,12 +9,13 @@ import os
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lattice_worker.egress.agent import Egress
 from lattice_worker.sandbox import facts, libc
-from lattice_worker.sandbox.policy import LEVELS, interpreter_paths, policy_of
+from lattice_worker.sandbox.policy import LEVELS, SUBPROCESS, interpreter_paths, policy_of
 from lattice_worker.sandbox.supervisor import SandboxError
 
 UID = 54321
@@ -40,23 +41,25 @@ def become_plain_user() -> None:
 
 
 async def main(folder: Path) -> dict[str, Any]:
-    """Return the verdicts of each level."""
+    """Return the verdicts of each level, and of `subprocess` without namespaces."""
     from tests.sandbox.boxes import boxes
 
     found: dict[str, Any] = {}
     egress = Egress()
     async with boxes(folder, egress) as start:
-        for level in LEVELS:
+        policies = {level: policy_of(level) for level in LEVELS}
+        for name, policy in (policies | {"bare": replace(policies[SUBPROCESS], is_bare=True)}).items():
             try:
-                box = await start(policy_of(level))
+                box = await start(policy)
                 root, namespaces = os.stat("/").st_dev, facts.namespaces()
-                found[level] = {
-                    "missing": facts.missing(policy_of(level), box.facts, namespaces, root),
+                found[name] = {
+                    "missing": facts.missing(policy, box.facts, namespaces, root),
                     "result": await box.run(attempt, os.getpid()),
                 }
-                found[level]["network"] = await _with_network(start, level)
+                if not policy.is_bare:
+                    found[name]["network"] = await _with_network(start, policy.level)
             except SandboxError as error:
-                found[level] = {"missing": [str(error)]}
+                found[name] = {"missing": [str(error)]}
     egress.close()
     await egress.wait_closed()
     return found
@@ -64,8 +67,6 @@ async def main(folder: Path) -> dict[str, Any]:
 
 async def _with_network(start: Any, level: str) -> str:
     """Return the result of a request to a server that is not listed."""
-    if not policy_of(level).has_namespaces:
-        return ""
     box = await start(policy_of(level, network=("a.invalid:443",)))
     found = await box.run(request)
     return f"{found} {box.accesses[0]['verdict']}"

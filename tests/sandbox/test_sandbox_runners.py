@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 
 from lattice_worker.pool.invocation import RunnerKey
 from lattice_worker.pool.runner_pool import Pool
+from lattice_worker.pool.sandbox_runners import SandboxRunners
 from lattice_worker.pool.zygote import Process, Zygote
 from lattice_worker.sandbox.advice import advised
-from lattice_worker.sandbox.policy import LEVELS, SECCOMP
+from lattice_worker.sandbox.policy import LEVELS, SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.supervisor import SandboxError
 from lattice_worker.store.artifact_staging import ArtifactStaging
 
@@ -58,6 +60,26 @@ def test_levels_are_tried_again_when_the_zygote_is_killed(
 
     monkeypatch.setattr(Zygote, "fork", killed)
     assert with_pool(tmp_path, lambda pool: pool.levels()) == ([] if times == ALWAYS else list(LEVELS))
+
+
+def test_subprocess_is_offered_without_namespaces_where_a_plain_user_may_make_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def offers(self: SandboxRunners, level: str, network: tuple[str, ...] = ()) -> bool:
+        is_offered = level == SUBPROCESS and self._policy(RunnerKey(isolation=level)).is_bare
+        if not is_offered:
+            self.refusals[level] = "namespaces: it is not permitted"
+        return is_offered
+
+    async def scenario(pool: Pool) -> Any:
+        levels = await pool.levels()
+        return levels, await pool._sandboxed.network_levels(levels), pool._sandboxed.refusals.get(SUBPROCESS)
+
+    monkeypatch.setattr(SandboxRunners, "_offers", offers)
+    assert with_pool(tmp_path, lambda pool: pool.levels()) == ([] if os.geteuid() == 0 else [SUBPROCESS])
+    monkeypatch.setattr(SandboxRunners, "_may_be_bare", lambda self: True)
+    assert with_pool(tmp_path, scenario) == ([SUBPROCESS], [], None)
+    assert "subprocess has no namespaces here: namespaces: it is not permitted" in caplog.text
 
 
 def test_no_level_is_offered_when_its_processes_are_refused(
