@@ -235,7 +235,7 @@ def become_traced() -> None:
 
 @pytest.mark.parametrize("level", ["none", *LEVELS])
 @pytest.mark.parametrize(("attack", "kind"), [(shrink_shared_memory, ""), (become_traced, "CRASHED")])
-def test_worker_and_other_tasks_continue_when_a_task_attacks_what_it_shares_with_them(
+def test_attack_on_shared_memory_or_the_parent_ends_nothing_else(
     sandboxed: LatticeClient, tmp_path: Path, level: str, attack: Callable[..., Any], kind: str
 ) -> None:
     (before,) = sandboxed.nodes()
