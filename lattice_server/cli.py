@@ -16,6 +16,7 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import METRICS, TASK_OUTPUT, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
+from lattice_server.core.model import Isolation
 from lattice_server.flags import FiniteRange, Flags, check_effects, check_role, noting, secured
 from lattice_server.joining import become_worker
 from lattice_server.secrets_file import read_secrets
@@ -114,6 +115,11 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     "default a folder of this port in ~/.local/share/lattice; memory with --port 0. See docs/durability.md.",
 )
 @click.option(
+    "--min-isolation",
+    type=click.Choice([level.value for level in Isolation]),
+    help="Run no task at a weaker level of isolation; tasks that name none have this one. See docs/isolation.md.",
+)
+@click.option(
     "--journal-sync",
     type=click.Choice(["full", "normal"]),
     help="With a folder: survive a cut of the power as well (full, the default), or only a killed server (normal).",
@@ -182,6 +188,7 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
         tokens_file=tokens_file,
         secrets_file=secrets_file,
         executor=flags.executor,
+        min_isolation=flags.min_isolation or base.min_isolation,
         node_ip=flags.node_ip or "",
         ray_address=flags.ray_address or "",
         ray_workers=flags.ray_workers,

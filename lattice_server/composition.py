@@ -245,7 +245,7 @@ def rpc_server(
 ) -> tuple[RpcServer, WorkerServicer]:
     """Return the gRPC front of an engine, and the servicer of its workers; `describe` answers `GetServerInfo`."""
     orchestrator, slices = engine.orchestrator, engine.slices
-    parser = SpecParser(engine.code, config.inline_limit_bytes, config.batch_rules)
+    parser = SpecParser(engine.code, config.inline_limit_bytes, config.batch_rules, config.least)
     cache = RequestCache(slices=slices, kept_s=config.repeat_ttl_s)
     assigned = AssignedArtifacts()
     on_error = ignore if metrics is None else metrics.calls.note_error
@@ -313,7 +313,8 @@ def _journal(
         return None
     durability = Durability(asyncio.get_running_loop(), lambda error: _fail(error, on_failure), on_dropped)
     retention = JournalRetention(config.journal_age_s, config.journal_runs, config.journal_bytes)
-    return RunJournal(open_journal(config, durability, retention), durability, ContractCodec(code, config.batch_rules))
+    codec = ContractCodec(code, config.batch_rules, config.least)
+    return RunJournal(open_journal(config, durability, retention), durability, codec)
 
 
 def _fail(error: JournalError, on_failure: Callable[[], object]) -> None:

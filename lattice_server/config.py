@@ -8,6 +8,7 @@ from typing import Any
 
 from lattice_server import logs
 from lattice_server.core.frozen import frozen
+from lattice_server.core.model import Isolation
 from lattice_server.core.scheduling.batching import BatchRule
 
 MIB = 1024 * 1024
@@ -81,6 +82,9 @@ class ServerConfig:
     `metrics` are served to Prometheus at `metrics_address`, or sent by OTLP, or printed. `traces` are sent by OTLP, or
     printed.
 
+    Tasks run at `min_isolation` at least: one that names no level has this one, and one that names a weaker one is
+    refused.
+
     The `journal` is a folder, the URL of a PostgreSQL database, or `memory` for none. With `journal_sync` `normal`, a
     cut of the power may lose the last seconds. Of each tenant it keeps `journal_runs` ended runs of `journal_bytes` in
     all, and none that ended more than `journal_age_s` ago.
@@ -96,6 +100,7 @@ class ServerConfig:
     tokens_file: str = ""
     secrets_file: str = ""
     executor: str = bounded("ray", is_flag=True)
+    min_isolation: str = bounded("none", choices=tuple(level.value for level in Isolation))
     num_cpus: float | None = None
     num_gpus: int | None = None
     gateway_port: int = bounded(0, most=65_535)
@@ -154,6 +159,11 @@ class ServerConfig:
     def address(self, port: int) -> str:
         """Return `host:port`."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+    @property
+    def least(self) -> Isolation:
+        """The weakest isolation of a task."""
+        return Isolation(self.min_isolation)
 
     @property
     def heartbeat_interval_s(self) -> float:

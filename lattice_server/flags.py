@@ -21,7 +21,8 @@ GATEWAY_PORT = "LATTICE_GATEWAY_PORT"
 # Parameters of `lattice start` that belong to the server only, and parameters of a machine that joins one.
 OF_HEAD = frozenset({
     "host", "port", "executor", "node_ip", "ray_address", "ray_workers", "tokens_file", "secrets_file", "config_file",
-    "metrics", "metrics_address", "traces", "journal", "journal_sync", "task_output",
+    "metrics", "metrics_address", "traces", "journal", "journal_sync", "min_isolation",
+    "task_output",
 })  # fmt: skip
 OF_WORKER = frozenset({"addr", "node_id", "drain_deadline"})
 
@@ -103,6 +104,7 @@ class Flags:
     verbose: bool
     journal: str | None
     journal_sync: str | None
+    min_isolation: str | None
     log_level: str | None
     log_format: str | None
     task_output: str | None

@@ -17,6 +17,7 @@ ISOLATIONS = {
     "seccomp": resources_pb2.ISOLATION_SECCOMP,
     "docker": resources_pb2.ISOLATION_DOCKER,
 }
+UNSPECIFIED = resources_pb2.ISOLATION_UNSPECIFIED
 BATCH_SCOPES = {"server": task_pb2.BATCH_SCOPE_SERVER, "run": task_pb2.BATCH_SCOPE_RUN}
 MAX_INT = 2**31 - 1
 # The limits of servers.
@@ -127,7 +128,8 @@ class TaskSettings:
             The server may have its own limit for a name.
         priority: of your queued tasks, those of higher priority start first.
         node_selector: labels that the node must have.
-        isolation: none, subprocess, seccomp or docker.
+        isolation: none, subprocess, seccomp or docker; by default the least level of the server, which is none unless
+            it says otherwise.
         network: the servers that a task with isolation may connect to, each `name:port`, such as
             `api.example.com:443` or `*.example.com:443`. Without any it has no network.
         env: environment variables, besides those of the worker; a value is a text or `secret("NAME")`. An attempt with
@@ -149,7 +151,7 @@ class TaskSettings:
     concurrency_key: str = ""
     priority: int = 0
     node_selector: Mapping[str, str] | None = field(default=None)
-    isolation: str = "none"
+    isolation: str = ""
     network: Sequence[str] = ()
     env: Env | None = field(default=None, repr=False)
     needs_llm: str | Sequence[str] = ()
@@ -172,7 +174,7 @@ class TaskSettings:
         check_text(f"task {label!r}: concurrency_key", self.concurrency_key)
         labels = text_map_of(f"task {label!r}: node_selector", self.node_selector or {})
         spec = task_pb2.TaskSpec(
-            isolation=_choice(label, "isolation", self.isolation, ISOLATIONS),
+            isolation=_choice(label, "isolation", self.isolation, ISOLATIONS) if self.isolation else UNSPECIFIED,
             max_parallel=self.max_parallel,
             concurrency_key=self.concurrency_key,
             priority=self.priority,
@@ -203,7 +205,7 @@ class TaskSettings:
     def _network(self, label: str) -> Sequence[str]:
         what = "a list of texts such as 'api.example.com:443'"
         servers = texts_of(f"task {label!r}: network", what, self.network)
-        if servers and self.isolation == "none":
+        if servers and self.isolation in ("", "none"):
             levels = ", ".join(level for level in ISOLATIONS if level != "none")
             raise _bad(label, "network", f"used together with isolation, one of {levels}")
         return servers

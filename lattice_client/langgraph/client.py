@@ -84,7 +84,7 @@ class LangGraphClient:
         *,
         resources: Mapping[str, Mapping[str, Any]] | None = None,
         default: Mapping[str, Any] | None = None,
-        isolation: str | Mapping[str, str] = "none",
+        isolation: str | Mapping[str, str] = "",
         local: Sequence[str] = (),
         **arguments: Any,
     ) -> Any:

@@ -48,16 +48,16 @@ class Plan:
                 raise TaskDefinitionError(f"resources[{name!r}] must be a dict of options of @task, not {settings!r}")
         levels = isolation.values() if isinstance(isolation, Mapping) else [isolation]
         for level in levels:
-            if level not in ISOLATIONS:
+            if level and level not in ISOLATIONS:
                 raise TaskDefinitionError(f"isolation must be one of {', '.join(ISOLATIONS)}, not {level!r}")
         return cls(resources or {}, default or {}, isolation, frozenset(local))
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return the options of the task of a node or a tool."""
         self.used.add(name)
-        level = self.isolation.get(name, "none") if isinstance(self.isolation, Mapping) else self.isolation
+        level = self.isolation.get(name, "") if isinstance(self.isolation, Mapping) else self.isolation
         found = {**self.default, **self.resources.get(name, {})}
-        return found if level == "none" else {**found, "isolation": level}
+        return {**found, "isolation": level} if level else found
 
     def is_local(self, name: str) -> bool:
         """Whether a node or a tool stays in the process of the graph."""

@@ -21,7 +21,7 @@ def wrapped(runner: Runner, function: Any, settings: Mapping[str, Any]) -> Any:
     options = dict(settings)
     name = options.pop("name", None) or name_of(function)
     if isinstance(function, Pregel):
-        isolation = options.pop("isolation", "none")
+        isolation = options.pop("isolation", "")
         return compiled(runner, function, Plan.of({}, options, isolation, ()), {})
     if isinstance(function, BaseTool):
         return tool_stub(runner, function, name, options)

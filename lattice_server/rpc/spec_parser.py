@@ -10,7 +10,7 @@ from functools import partial
 from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import FailurePolicy, Function, Isolation, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.tenancy import EVERYTHING, Reach
 from lattice_server.engine.stores.code_store import CodeStore
@@ -26,12 +26,22 @@ FAILURE_POLICY_FROM_PROTO = {
 
 
 class SpecParser:
-    """Checks messages of callers and converts them into specs, with the server's limits and batching rules."""
+    """Checks messages of callers and converts them into specs, with the server's limits and batching rules.
 
-    def __init__(self, code: CodeStore, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
+    `least` is the weakest isolation of a task, and that of tasks that name none.
+    """
+
+    def __init__(
+        self,
+        code: CodeStore,
+        inline_limit_bytes: int,
+        rules: Sequence[BatchRule] = (),
+        least: Isolation = Isolation.NONE,
+    ) -> None:
         self.code = code
         self.inline_limit_bytes = inline_limit_bytes
         self._rules = rules
+        self._least = least
 
     def functions(
         self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], reach: Reach
@@ -72,7 +82,7 @@ class SpecParser:
 
     def task(self, message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function]) -> TaskSpec:
         """Check and return one task, as `tasks` does."""
-        return task_from_proto(message, field, functions, self.inline_limit_bytes, self._rules)
+        return task_from_proto(message, field, functions, self.inline_limit_bytes, self._rules, self._least)
 
     def workflow(self, message: workflow_pb2.WorkflowSpec, tasks: tuple[TaskSpec, ...]) -> WorkflowSpec:
         """Check and return a workflow of tasks that were parsed before."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from lattice.v1 import resources_pb2
 
-from lattice_client import LatticeClient, TaskFailedError, task
+from lattice_client import InvalidArgumentError, LatticeClient, TaskFailedError, task
 from tests.client.shell import call
 from tests.e2e.conftest import OFFERS, served
 from tests.e2e.test_code import run
@@ -280,3 +280,39 @@ def test_output_that_a_task_forges_is_cut_too(sandboxed: LatticeClient, level: s
     logged = [event.data for event in started.events() if event.type == "task_log"]
     assert MIB <= sum(len(data["text"]) for data in logged) <= MIB + 400_000
     assert logged[-1]["truncated"]
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[LatticeClient]:
+    """A client of a server that runs no task without isolation."""
+    flags = ("--executor", "local", "--min-isolation", "subprocess")
+    with served(*flags, *OFFERS) as address, LatticeClient(address) as client:
+        yield client
+
+
+def test_tasks_of_a_server_with_a_least_level_have_at_least_that_one(strict: LatticeClient) -> None:
+    def user() -> int:
+        return os.getuid()
+
+    @task
+    def double(number: int) -> list[int]:
+        return [2 * number, os.getuid()]
+
+    @task
+    def spawns() -> list[int]:
+        from lattice_client import context
+
+        context.spawn(double, {"number": 2})
+        return [1, 2]
+
+    for level in ("", "subprocess", "seccomp"):
+        assert strict.run_task(task(isolation=level, name="user")(user))["result"] != os.getuid()
+    workflow = strict.create_workflow()
+    each = workflow.map(double, {"number": workflow.add_task(spawns).output})
+    run = workflow.run()
+    run.result(timeout=60)
+    assert all(uid != os.getuid() for _, uid in run.output(each.task_id))
+    (spawned,) = (found.task_id for found in strict.list_tasks(run) if found.parent_task_id == "spawns")
+    assert run.output(spawned)[1] != os.getuid()
+    with pytest.raises(InvalidArgumentError, match="this server runs tasks at isolation subprocess at least"):
+        strict.run_task(task(isolation="none", name="user")(user))

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
 from lattice_server.core.messages import RunEvent, TaskFailed, TasksAdded, TaskStarted, TaskSucceeded
-from lattice_server.core.model import Bundle, FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import Bundle, FailurePolicy, Function, Isolation, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.steps import Steps, stepwise
 from lattice_server.engine.recording.journal_records import Code
@@ -38,12 +38,14 @@ NO_LIMIT = 1 << 62
 class ContractCodec:
     """A `RunCodec` of messages of the contract. Functions that `code` has are not made again.
 
-    The batching `rules` of the server apply to stored workflows, which are recorded as their callers sent them.
+    The batching `rules` and the `least` isolation of the server apply to stored workflows, which are recorded as their
+    callers sent them.
     """
 
-    def __init__(self, code: CodeStore, rules: Sequence[BatchRule] = ()) -> None:
+    def __init__(self, code: CodeStore, rules: Sequence[BatchRule] = (), least: Isolation = Isolation.NONE) -> None:
         self._code = code
         self._rules = rules
+        self._least = least
 
     def settings(self, entry: RunEntry, parameters: Mapping[str, Payload]) -> bytes:
         """See `RunCodec`."""
@@ -155,7 +157,7 @@ class ContractCodec:
         message = _read(workflow_pb2.WorkflowSpec, data)
         functions = {name: self._function(found.digest, code) for name, found in message.functions.items()}
         tasks = [
-            task_from_proto(task, f"tasks[{index}]", functions, NO_LIMIT, self._rules)
+            task_from_proto(task, f"tasks[{index}]", functions, NO_LIMIT, self._rules, self._least)
             for index, task in enumerate(message.tasks)
         ]
         return message, _workflow(message, tasks), functions

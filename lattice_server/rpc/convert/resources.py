@@ -31,6 +31,19 @@ RESOURCE_KIND_TO_PROTO = {
 }
 
 
+def isolation_from_proto(value: "resources_pb2.Isolation.ValueType", least: Isolation, field: str) -> Isolation:
+    """Return a level of isolation, by default the least one. Raises InvalidError for a weaker one."""
+    if value == resources_pb2.ISOLATION_UNSPECIFIED:
+        return least
+    found = ISOLATION_FROM_PROTO.get(value)
+    if found is None:
+        raise invalid_field(field, "this server does not know this isolation")
+    levels = tuple(Isolation)  # From the weakest to the strictest.
+    if levels.index(found) < levels.index(least):
+        raise invalid_field(field, f"this server runs tasks at isolation {least.value} at least")
+    return found
+
+
 def resources_from_proto(message: resources_pb2.Resources, field: str, *, is_async: bool) -> Resources:
     """Return resources with defaults filled in. Raises InvalidError."""
     cpu = message.cpu if message.HasField("cpu") else (0.0 if is_async else 1.0)

@@ -15,6 +15,7 @@ from lattice_server.core.model import (
     BatchScope,
     Condition,
     Function,
+    Isolation,
     RetryPolicy,
     TaskSpec,
 )
@@ -32,9 +33,9 @@ from lattice_server.rpc.convert.payloads import (
     payload_to_proto,
 )
 from lattice_server.rpc.convert.resources import (
-    ISOLATION_FROM_PROTO,
     ISOLATION_TO_PROTO,
     RESOURCE_KIND_TO_PROTO,
+    isolation_from_proto,
     resources_from_proto,
     resources_to_proto,
 )
@@ -132,6 +133,7 @@ def task_from_proto(
     functions: Mapping[str, Function],
     inline_limit_bytes: int,
     rules: Sequence[BatchRule] = (),
+    least: Isolation = Isolation.NONE,
 ) -> TaskSpec:
     """Check and return one task. Raises InvalidError naming the field."""
     task_id = message.task_id
@@ -143,9 +145,7 @@ def task_from_proto(
         raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
     if len(set(message.outputs)) != len(message.outputs):
         raise invalid_field(f"{field}.outputs", "an output is named twice")
-    isolation = ISOLATION_FROM_PROTO.get(message.isolation)
-    if isolation is None:
-        raise invalid_field(f"{field}.isolation", "this server does not know this isolation")
+    isolation = isolation_from_proto(message.isolation, least, f"{field}.isolation")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()

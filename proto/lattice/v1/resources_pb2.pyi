@@ -58,7 +58,9 @@ class _Isolation:
 class _IsolationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Isolation.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     ISOLATION_UNSPECIFIED: _Isolation.ValueType  # 0
-    """The same as `ISOLATION_NONE`."""
+    """The least level of the server, which is `ISOLATION_NONE` unless its operator set another one. A weaker level than
+    that is refused.
+    """
     ISOLATION_NONE: _Isolation.ValueType  # 1
     """A reused worker process: a crash is contained, state and files are not."""
     ISOLATION_SUBPROCESS: _Isolation.ValueType  # 2
@@ -72,7 +74,9 @@ class Isolation(_Isolation, metaclass=_IsolationEnumTypeWrapper):
     """How strictly an attempt is kept apart from the machine and from other attempts."""
 
 ISOLATION_UNSPECIFIED: Isolation.ValueType  # 0
-"""The same as `ISOLATION_NONE`."""
+"""The least level of the server, which is `ISOLATION_NONE` unless its operator set another one. A weaker level than
+that is refused.
+"""
 ISOLATION_NONE: Isolation.ValueType  # 1
 """A reused worker process: a crash is contained, state and files are not."""
 ISOLATION_SUBPROCESS: Isolation.ValueType  # 2
