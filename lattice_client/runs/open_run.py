@@ -87,7 +87,8 @@ class AsyncOpenRun(AsyncRun):
         run.handler = None if is_answered_by_tasks else handler
         run.note_graph(run.tasks)
         run._added_ids, run._reported = set(), set()
-        weakref.finalize(run, _release, stream, run.steps).atexit = False
+        # The steps have the error that ended them, whose traceback has the frames of the callers that refer to the run.
+        weakref.finalize(run, _release, stream, weakref.ref(run.steps)).atexit = False
         return run
 
     async def add(
@@ -247,11 +248,13 @@ class AsyncOpenRun(AsyncRun):
         try:
             await self.cancel(f"the caller of the open run raised {type(error).__name__}")
         finally:
-            _release(self.caller_stream, self.steps)
+            _release(self.caller_stream, weakref.ref(self.steps))
 
 
-def _release(stream: OpenRunStream, steps: Steps) -> None:
-    steps.stop()
+def _release(stream: OpenRunStream, steps: "weakref.ref[Steps]") -> None:
+    # Steps that are still made are kept by their task, or by the threads that wait for them.
+    if (found := steps()) is not None:
+        found.stop()
     stream.release()
 
 
