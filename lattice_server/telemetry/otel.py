@@ -41,6 +41,9 @@ from lattice_server.telemetry.meters import Distribution, Reading
 log = logging.getLogger(__name__)
 
 CUMULATIVE = AggregationTemporality.CUMULATIVE
+# Least and greatest values are not kept: the buckets tell as much as their bounds. Both fields of OTLP are optional,
+# which the types of the SDK do not say.
+UNKNOWN: Any = None
 
 
 def resource_of(version: str, instance_id: str) -> Resource:
@@ -102,8 +105,7 @@ def _metric(reading: Reading, started_ns: int, now_ns: int) -> Metric:
         if isinstance(value, Distribution):
             count, bounds = sum(value.counts), instrument.bounds
             point = (attributes, started_ns, now_ns, count, value.total, value.counts, bounds)
-            # Least and greatest are not kept: the buckets tell as much as their bounds.
-            distributions.append(HistogramDataPoint(*point, min=float("inf"), max=float("-inf")))
+            distributions.append(HistogramDataPoint(*point, min=UNKNOWN, max=UNKNOWN))
         else:
             numbers.append(NumberDataPoint(attributes, started_ns, now_ns, value))
     data: Sum | Gauge | Histogram

@@ -92,7 +92,7 @@ def test_console_has_metrics_and_spans_as_json() -> None:
             server.terminate()
         printed, found, position = server.stdout.read(), [], 0
     while (start := printed.find("{\n", position)) >= 0:
-        value, position = json.JSONDecoder().raw_decode(printed, start)
+        value, position = json.JSONDecoder(parse_constant=pytest.fail).raw_decode(printed, start)
         found.append(value)
     (exported,) = [value for value in found if "resource_metrics" in value]
     metrics = {metric["name"]: metric for metric in exported["resource_metrics"][0]["scope_metrics"][0]["metrics"]}
