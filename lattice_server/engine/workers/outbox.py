@@ -155,6 +155,8 @@ class Session:
         self.session_id = session_id
         self.connection = connection
         self.is_connected = True
+        # A worker that is being drained may end at any time, which is no fault.
+        self.is_draining = False
         self.last_sequence = 0
         # How many of the worker's processes are busy and idle, by level of isolation; for metrics.
         self.runners: dict[Isolation, tuple[int, int]] = {}

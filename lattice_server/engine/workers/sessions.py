@@ -13,6 +13,7 @@ from itertools import count
 from lattice_server.core.messages import (
     AnswerQuestion,
     CloseSession,
+    DrainWorker,
     DropArtifact,
     ForgetSession,
     WelcomeWorker,
@@ -60,13 +61,16 @@ class Sessions:
         elif isinstance(effect, ForgetSession):
             session = self._sessions.pop(effect.session_id, None)
             if session is not None:
-                log.info("the worker is lost", extra=session.connection.named)
+                level = logging.INFO if session.is_draining else logging.WARNING
+                log.log(level, "the worker is lost", extra=session.connection.named)
             if session is not None and session.is_connected:
                 # A worker that is still alive learns that the session is lost when it connects again.
                 session.connection.close()
         elif session := self._sessions.get(effect.session_id):
             session.connection.send(session.number(effect) if isinstance(effect, AnswerQuestion) else effect)
-            if isinstance(effect, CloseSession):
+            if isinstance(effect, DrainWorker):
+                session.is_draining = True
+            elif isinstance(effect, CloseSession):
                 del self._sessions[effect.session_id]
 
     def leave(self, connection: Connection) -> None:

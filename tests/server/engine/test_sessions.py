@@ -1,12 +1,20 @@
 """Connections and sessions: the end of silent connections, and the effects for workers that reconnect."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
 import pytest
 
-from lattice_server.core.messages import DropArtifact, ForgetSession, WelcomeWorker
+from lattice_server.core.messages import (
+    CloseSession,
+    DrainWorker,
+    DropArtifact,
+    ForgetSession,
+    WelcomeWorker,
+    WorkerEffect,
+)
 from lattice_server.core.model import Artifact
 from lattice_server.engine.workers.outbox import ACK_AFTER_MESSAGES, Connection
 from lattice_server.engine.workers.sessions import Sessions
@@ -149,6 +157,44 @@ def test_an_older_connection_does_not_detach_the_session_that_a_newer_one_resume
         assert newer.session is not None
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("before", "level"),
+    [
+        ([], "WARNING"),
+        ([DrainWorker("s", None)], "INFO"),
+        ([WelcomeWorker("w", "s", True, ())], "WARNING"),
+        ([DrainWorker("s", 1.0), WelcomeWorker("w", "s", True, ())], "INFO"),
+    ],
+)
+def test_a_lost_worker_is_a_warning_unless_it_was_being_drained(
+    before: list[WorkerEffect], level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        sessions = Sessions(LIMIT_S)
+        connect(sessions)
+        for effect in before:
+            sessions.perform(effect)
+        sessions.perform(ForgetSession("s"))
+
+    caplog.set_level(logging.INFO)
+    asyncio.run(scenario())
+    (lost,) = [record for record in caplog.records if record.message == "the worker is lost"]
+    assert (lost.levelname, vars(lost)["node_id"], vars(lost)["worker_id"]) == (level, "n", "w")
+
+
+@pytest.mark.parametrize("reason", ["DRAINED", "SHUTDOWN", "SUPERSEDED"])
+def test_a_worker_whose_session_was_closed_is_not_lost(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        sessions = Sessions(LIMIT_S)
+        connect(sessions)
+        sessions.perform(CloseSession("s", reason, ""))
+        sessions.perform(ForgetSession("s"))
+
+    caplog.set_level(logging.INFO)
+    asyncio.run(scenario())
+    assert "lost" not in caplog.text
 
 
 def test_a_lost_session_serves_no_node() -> None:
