@@ -128,12 +128,15 @@ class Flags:
 
     def telemetry(self, config: ServerConfig) -> ServerConfig:
         """Return a configuration with the flags of metrics and traces. Raises click.UsageError."""
+        metrics, traces = self.metrics or config.metrics, self.traces or config.traces
         address = self.metrics_address or config.metrics_address
-        host = address.rpartition(":")[0].strip("[]") or os.environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "")
+        host = address.rpartition(":")[0].strip("[]")
+        if metrics == "prometheus":
+            # Programs beside this one may need the variable, so it counts only where it has an effect.
+            host = host or os.environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "")
         if host and not security.is_loopback(host) and not self.insecure:
             text = f"metrics at {address or host} would show names of all tenants to everyone who reaches this address"
             raise click.UsageError(f"{text}: choose a loopback address, or give --insecure")
-        metrics, traces = self.metrics or config.metrics, self.traces or config.traces
         return replace(config, metrics=metrics, metrics_address=address, traces=traces)
 
     @property

@@ -37,11 +37,13 @@ class Metrics:
         self.runs, self.calls, self.scheduler = RunMeter(), RpcMeter(), SchedulerMeter()
         self.journal, self.services, self.workers = JournalMeter(), ServiceMeter(), WorkerMeter()
         self.url = ""
-        self._address = address_of(config.metrics_address, os.environ)
+        self._address = "", 0
         self._state = state
         self._prometheus: PrometheusServer | None = None
         self._export: MetricExport | None = None
-        if config.metrics != "prometheus":
+        if config.metrics == "prometheus":
+            self._address = address_of(config.metrics_address, os.environ)
+        else:
             # It takes a third of a second to import.
             from lattice_server.telemetry import otel
 

@@ -96,6 +96,15 @@ async def test_malformed_headers_are_logged_without_their_values(
     assert "canary" not in caplog.text
 
 
+@on_a_loop
+async def test_port_of_the_environment_is_ignored_by_other_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_PROMETHEUS_PORT", "no port")
+    async with serving(NoWorkers(), metrics="console"):
+        pass
+    with pytest.raises(TelemetryError, match="must be host:port"):
+        build(NoWorkers(), metrics="prometheus")
+
+
 PROPAGATORS = """
 import asyncio
 from lattice_server.app import App

@@ -47,6 +47,15 @@ def test_host_of_the_environment_is_refused_beyond_this_machine(monkeypatch: pyt
         flags(metrics="prometheus").telemetry(ServerConfig())
 
 
+@pytest.mark.parametrize("metrics", [None, "none", "otlp", "otlp-http", "console"])
+def test_host_of_the_environment_is_ignored_by_other_metrics(
+    monkeypatch: pytest.MonkeyPatch, metrics: str | None
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_PROMETHEUS_HOST", "0.0.0.0")
+    config = flags(metrics=metrics).telemetry(ServerConfig())
+    assert (config.metrics, config.metrics_address) == (metrics or "none", "")
+
+
 def test_start_names_the_exporters_when_the_flag_is_wrong() -> None:
     done = CliRunner().invoke(cli.start, ["--head", "--metrics", "statsd"])
     assert done.exit_code == 2
