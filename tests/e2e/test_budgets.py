@@ -119,6 +119,46 @@ def test_time_of_a_refusal_stops_all_requests_and_no_task_sees_it(
     assert models.services.get("gpt").budget_use.refused == 1
 
 
+def test_a_refused_request_waits_for_the_time_of_its_own_refusal(
+    models: LatticeClient, provide: Callable[..., Provider]
+) -> None:
+    provider = provide(1.0, 1000)
+    provider.next_refusals.append("1")
+    models.llm.start("gpt", base_url=provider.url, requests_per_minute=600)
+    began = time.monotonic()
+    assert run_many(models, 1, count=1) == {200: 1}
+    assert provider.statuses == {200: 1, 429: 1}
+    assert provider.taken[0][0] >= began + 1.0
+
+
+@task(cpu=0.01, timeout=WAIT_S)
+async def ask_until_refused() -> int:
+    """Make requests until one is not answered; return its status."""
+    import aiohttp
+
+    model = await context.llm_async("gpt")
+    headers = {"authorization": f"Bearer {model.api_key}"}
+    body = {"model": "gpt", "prompt": "one", "tokens": 1}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        while True:
+            async with session.post(f"{model.base_url}/completions", json=body) as answer:
+                await answer.read()
+                if answer.status != 200:
+                    return answer.status
+            await asyncio.sleep(0.02)
+
+
+def test_a_model_that_was_stopped_is_not_asked(models: LatticeClient, provide: Callable[..., Provider]) -> None:
+    provider = provide(1.0, 1000)
+    models.llm.start("gpt", base_url=provider.url)
+    workflow = models.create_workflow()
+    workflow.add_task(ask_until_refused)
+    run = workflow.run()
+    until(lambda: len(provider.taken) > 2, "the task makes requests")
+    models.services.stop("gpt", timeout=WAIT_S)
+    assert run.result(timeout=WAIT_S) == {"result": 503}
+
+
 @pytest.mark.parametrize(("elsewhere", "window_s"), [(12, 2.0), (0, WAIT_S)])
 def test_limits_that_a_provider_tells_hold_where_its_key_is_used_elsewhere_too(
     models: LatticeClient, provide: Callable[..., Provider], elsewhere: int, window_s: float

@@ -1,5 +1,6 @@
 """Services: commands and functions that tasks use, their failures, idleness and ends."""
 
+import asyncio
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from lattice.v1 import service_pb2
 
-from lattice_client import LatticeClient, ServiceFailedError, TaskFailedError, context, secret, task
+from lattice_client import AsyncLatticeClient, LatticeClient, ServiceFailedError, TaskFailedError, context, secret, task
 from lattice_client.cli.main import main
 from tests.e2e.rooms import WAIT_S
 
@@ -200,6 +201,20 @@ def test_a_question_to_the_server_is_refused_when_its_value_is_no_object_in_json
     assert "takes a dict, not list" in items
     assert "takes a dict that JSON can have" in sets
     assert nothing.startswith("ServiceNotFoundError")
+
+
+def test_a_service_that_is_stopped_while_it_starts_ends(
+    address: str, client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    async def run() -> None:
+        async with AsyncLatticeClient(address) as one, AsyncLatticeClient(address) as other:
+            for number in range(40):
+                start = one.services.start(f"s{number}", COMMAND, cpu=0.05, wait=False)
+                await asyncio.gather(start, other.services.stop(f"s{number}", timeout=WAIT_S))
+            for number in range(40):
+                await one.services.stop(f"s{number}", timeout=10.0)
+
+    asyncio.run(run())
 
 
 def test_an_idle_service_has_no_process_until_a_task_uses_it(

@@ -74,8 +74,6 @@ class Budgets:
         """Take a report of a gateway, and answer which of its requests are refused, with the reasons."""
         content, now, run = answers.content_of(question), time.monotonic(), question.run_id
         refused: dict[str, str] = {}
-        for name, service, tokens, is_again in content.get("asked", ()):
-            self._ask(run, str(name), str(service), int(tokens), bool(is_again), refused)
         for name, ago_s in content.get("answered", ()):
             if (found := self._find(run, name)) is not None:
                 key, budget, full = found
@@ -92,6 +90,9 @@ class Budgets:
             if (found := self._find(run, name, is_last=True)) is not None:
                 key, budget, full = found
                 self._tell(key, budget.refuse(full, after_s, now))
+        # Last: a request that was refused is made again, and has to wait for the time that came with the refusal.
+        for name, service, tokens, is_again in content.get("asked", ()):
+            self._ask(run, str(name), str(service), int(tokens), bool(is_again), refused)
         self._answer(answers.answered(question, {"refused": refused}))
 
     def wait(self, question: QuestionAsked) -> None:

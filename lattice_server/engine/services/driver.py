@@ -12,6 +12,7 @@ from typing import Any, assert_never
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import (
     QuestionAsked,
+    RunFinished,
     TaskCancelled,
     TaskFailed,
     TaskRetrying,
@@ -183,11 +184,12 @@ class ServiceDriver:
                     run = service.runs.pop(instance_id)
                     failure = run.failure or instance_runs.end_of(service, instance_id, effect)
                     self.post(service, InstanceEnded(instance_id, failure))
+                case RunFinished():
+                    # It is the last fact, whereas the run may have ended before its earlier facts are taken.
+                    del self._instances[entry.key]
+                    self._orchestrator.ended.note_read(entry)
                 case _:
                     pass
-        if entry.run.is_terminal:
-            del self._instances[entry.key]
-            self._orchestrator.ended.note_read(entry)
 
     # Timers.
 

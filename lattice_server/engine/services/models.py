@@ -80,14 +80,13 @@ class Models:
         return True
 
     def update(self) -> None:
-        """Take the definitions of models, and tell the gateways that other instances take requests."""
+        """Take the definitions of models, and tell the gateways which instances take requests.
+
+        The gateways, which hold a slot of their nodes each, end when the last model is gone and no attempt left.
+        """
         self._budgets.define(self._services())
         self._cover()
         self._gateways.update()
-        self._leave()
-
-    def forget(self) -> None:
-        """End the gateways, which hold a slot of their nodes each, when the last model is gone and no attempt left."""
         self._leave()
 
     def revoke(self, uses: Iterable[Use]) -> None:

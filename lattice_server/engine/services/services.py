@@ -272,6 +272,6 @@ class Services:
     def _forget(self, entry: ServiceEntry) -> None:
         del self._services[key_of(entry.name, entry.tenant)]
         self._needs.forget(entry)
-        self._models.forget()
+        self._models.update()
         self._answer_waiting(entry)
         entry.wake()
