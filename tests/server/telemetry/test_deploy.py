@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lattice_server.core.messages import ForgetSession
 from lattice_server.core.model import FailureKind
+from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from lattice_server.telemetry.prometheus import sample_name
+from lattice_server.telemetry.run_meter import RunMeter
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 ALERTS = DEPLOY / "prometheus-alerts.yml"
@@ -19,6 +22,8 @@ TESTS = DEPLOY / "prometheus-alerts.test.yml"
 NAME = re.compile(r"\b(?:lattice|rpc|process)_[a-z_]+\b")
 LABELS = re.compile(r"((?:lattice|rpc|process)_[a-z_]+)\{([^}]*)\}")
 BY = re.compile(r"by \(([^)]*)\)")
+# Prometheus adds them to each series.
+OF_TARGETS = {"job", "instance"}
 SUFFIXES = ("_bucket", "_sum", "_count")
 
 
@@ -54,15 +59,25 @@ def test_each_query_names_metrics_and_labels_of_the_catalogue() -> None:
         named = set(NAME.findall(labels_of_names))
         assert named <= known.keys(), query
         for by in BY.findall(query):
-            assert {label.strip() for label in by.split(",")} <= set().union(*(known[name] for name in named)), query
+            grouped = {label.strip() for label in by.split(",")} - OF_TARGETS
+            assert grouped <= set().union(*(known[name] for name in named)), query
         for name, labels in LABELS.findall(query):
-            assert set(re.findall(r"(\w+)=", labels)) <= known[name] | {"job"}, query
+            assert set(re.findall(r"(\w+)=", labels)) <= known[name] | OF_TARGETS, query
 
 
 def test_kinds_of_failures_in_alerts_exist() -> None:
     kinds = set(re.findall(r'failure_kind="(\w+)"', ALERTS.read_text()))
     assert len(kinds) == 2
     assert kinds <= {kind.value for kind in FailureKind}
+
+
+def test_event_of_a_lost_worker_in_alerts_is_the_one_that_is_counted() -> None:
+    meter = RunMeter()
+    meter.perform(ForgetSession("s"))
+    (counted,) = [reading.values for reading in meter.read() if reading.instrument is catalogue.SESSIONS]
+    found = re.findall(r'lattice_worker_sessions_total\{event="(\w+)"\}', ALERTS.read_text())
+    assert found
+    assert {(event,) for event in found} == counted.keys()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="scripts/install_missing.sh prometheus")
