@@ -85,7 +85,8 @@ class Acknowledging:
         self._note()
 
     def failed(self, error: JournalError) -> None:
-        print("failed:", repr(error), flush=True)
+        # Not by `print`: the main thread may be ending the interpreter, which then aborts on the lock of the stream.
+        os.write(1, f"failed: {error!r}\n".encode())
         os._exit(3)
 
     def dropped(self, runs: Sequence[DroppedRun], artifacts: Sequence[str]) -> None:
